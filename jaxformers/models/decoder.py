@@ -1,0 +1,180 @@
+"""The decoder: one pure function from parameters and tokens to logits, for training, prefill and decoding alike.
+
+B batch, T time, D model, V vocabulary
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from jaxformers.models.attention import gqa, mla
+from jaxformers.models.cache import Cache, LayerCache
+from jaxformers.models.config import LayerKind, ModelConfig, Stack, plan_stacks
+from jaxformers.models.context import Context
+from jaxformers.models.ffn import mlp, moe
+from jaxformers.models.layers import named_norm, norm, softcap
+from jaxformers.models.layout import fuse_layer, unstack
+from jaxformers.models.params import Params, layer_spec, model_spec
+from jaxformers.models.rope import rotations
+from jaxformers.models.routing import MoEStats
+from jaxformers.models.runtime import Runtime
+from jaxformers.models.weights import linear, lookup, transposed_linear
+
+MIXERS = {"gqa": gqa, "mla": mla}
+
+
+@flax.struct.dataclass
+class Hidden:
+    """What the layers made: x [B, T, D] before the final norm, the cache with this call's keys, and the experts'
+    sums."""
+
+    x: jax.Array
+    cache: Cache | None = None
+    moe: MoEStats | None = None
+
+
+def block(
+    p: Params, x: jax.Array, ctx: Context, cfg: ModelConfig, kind: LayerKind, cache: LayerCache | None
+) -> tuple[jax.Array, LayerCache | None, MoEStats | None]:
+    """One layer: x [B, T, D] -> [B, T, D]."""
+    normed = named_norm(p, "attn_norm", x, cfg)
+    attended, cache = MIXERS[kind.mixer](p["attn"], normed, ctx, cfg, kind, cache)
+    attended = cfg.residual_scale * named_norm(p, "attn_post_norm", attended, cfg)
+    if cfg.parallel:
+        source = normed if cfg.shared_norm else named_norm(p, "ffn_norm", x, cfg)
+        x += attended
+    else:
+        x = ctx.shard(x + attended, "batch", "seq", None)
+        source = named_norm(p, "ffn_norm", x, cfg)
+    fed, stats = moe(p["ffn"], source, ctx, cfg) if kind.ffn == "moe" else (mlp(p["ffn"], source, ctx, cfg), None)
+    x += cfg.residual_scale * named_norm(p, "ffn_post_norm", fed, cfg)
+    return ctx.shard(x, "batch", "seq", None), cache, stats
+
+
+def embed(params: Params, cfg: ModelConfig, tokens: jax.Array, positions: jax.Array, runtime: Runtime) -> jax.Array:
+    """Token embeddings [B, T, D], with learned positions and the embedding norm where the architecture has them."""
+    x = lookup(params["embed"], tokens, dtype=runtime.dtype)
+    if cfg.embed_scale != 1.0:
+        x *= jnp.asarray(cfg.embed_scale, x.dtype)
+    if cfg.learned_positions:
+        x += lookup(params["positions"], positions + cfg.position_offset, dtype=runtime.dtype)
+    return runtime.shard(named_norm(params, "embed_norm", x, cfg), "batch", "seq", None)
+
+
+def unembed(params: Params, cfg: ModelConfig, x: jax.Array, runtime: Runtime) -> jax.Array:
+    """Logits float32 [..., V] of hidden states x [..., D]: the final norm, the head, the scale and the soft cap."""
+    x = norm(params["final_norm"], x, cfg)
+    if cfg.tie_embeddings:
+        logits = transposed_linear(x, params["embed"])
+    else:
+        logits = linear(x, params["lm_head"], out_dtype=jnp.float32)
+    if cfg.lm_head_bias:
+        logits += params["lm_head_b"].astype(jnp.float32)
+    logits = runtime.shard(logits, "batch", *("seq",) * (logits.ndim - 2), "vocab")
+    if cfg.logit_scale != 1.0:
+        logits *= cfg.logit_scale
+    return softcap(logits, cfg.logit_softcap)
+
+
+def gather_shared(params: Params, cfg: ModelConfig, runtime: Runtime) -> Params:
+    """The parameters with all that lies outside the layers (embedding, head, final norm) gathered for use."""
+    spec = model_spec(cfg)
+    shared = {name: leaf for name, leaf in params.items() if name not in ("layers", "blocks")}
+    return params | runtime.gather(shared, {name: spec[name] for name in shared})
+
+
+def hidden_states(
+    params: Params,
+    cfg: ModelConfig,
+    tokens: jax.Array,
+    *,
+    positions: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    cache: Cache | None = None,
+    read_slots: int | None = None,
+    runtime: Runtime = Runtime(),
+) -> Hidden:
+    """Runs all layers over tokens int32 [B, T].
+
+    positions int32 [B, T] default to 0, 1, ...; segment_ids int32 [B, T] separate documents packed into a row. With
+    a cache, this call's keys are written at `positions` and queries see all of it (its first `read_slots` slots); a
+    row is then one document. Parameters are the plain tree or `layout.prepare`'s.
+    """
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    ctx = Context(
+        positions, segment_ids, rotations(cfg, positions), runtime.shard, runtime.attend, runtime.experts, read_slots
+    )
+    if "layers" in params and (cache is not None or runtime.layers == "unroll"):
+        params = unstack(params, cfg)
+    x = embed(params, cfg, tokens, positions, runtime)
+    if "blocks" in params:
+        return _run_blocks(params["blocks"], x, ctx, cfg, runtime, cache)
+    stats = MoEStats.zeros(cfg.moe) if cfg.moe else None
+    for stack, layers in zip(plan_stacks(cfg.layers), params["layers"], strict=True):
+        x, stats = _scan_stack(layers, x, stats, ctx, cfg, runtime, stack)
+    return Hidden(x, moe=stats)
+
+
+def _add(total: Any, new: Any) -> Any:
+    return total if new is None else jax.tree.map(jnp.add, total, new)
+
+
+def _run_blocks(
+    blocks: list[Params], x: jax.Array, ctx: Context, cfg: ModelConfig, runtime: Runtime, cache: Cache | None
+) -> Hidden:
+    """Every layer from buffers of its own, one after the other."""
+    stats = MoEStats.zeros(cfg.moe) if cfg.moe else None
+    new_cache: Cache = []
+    for i, (kind, p) in enumerate(zip(cfg.layers, blocks, strict=True)):
+
+        def body(p: Params, x: jax.Array, entry: LayerCache | None, kind: LayerKind = kind) -> Any:
+            p = runtime.gather(p, layer_spec(cfg, kind))
+            return block(fuse_layer(p) if runtime.fuse else p, x, ctx, cfg, kind, entry)
+
+        x, entry, layer_stats = runtime.rematerialize(body)(p, x, None if cache is None else cache[i])
+        stats = _add(stats, layer_stats)
+        if entry is not None:
+            new_cache.append(entry)
+    return Hidden(x, None if cache is None else new_cache, stats)
+
+
+def _scan_stack(
+    layers: list[Params],
+    x: jax.Array,
+    stats: MoEStats | None,
+    ctx: Context,
+    cfg: ModelConfig,
+    runtime: Runtime,
+    stack: Stack,
+) -> tuple[jax.Array, MoEStats | None]:
+    """One compiled body for all repeats of a stack's pattern; layers' leaves are [repeats, ...]."""
+
+    def body(carry: tuple[jax.Array, MoEStats | None], repeat: list[Params]) -> tuple[Any, None]:
+        x, stats = carry
+        for p, kind in zip(repeat, stack.pattern, strict=True):
+            p = runtime.gather(p, layer_spec(cfg, kind))
+            x, _, layer_stats = block(fuse_layer(p) if runtime.fuse else p, x, ctx, cfg, kind, None)
+            stats = _add(stats, layer_stats)
+        return (x, stats), None
+
+    return jax.lax.scan(runtime.rematerialize(body), (x, stats), layers)[0]
+
+
+def forward(
+    params: Params,
+    cfg: ModelConfig,
+    tokens: jax.Array,
+    *,
+    positions: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    runtime: Runtime = Runtime(),
+) -> jax.Array:
+    """Logits float32 [B, T, V] of tokens int32 [B, T]. See `hidden_states` for positions and segment_ids."""
+    params = gather_shared(params, cfg, runtime)
+    hidden = hidden_states(params, cfg, tokens, positions=positions, segment_ids=segment_ids, runtime=runtime)
+    return unembed(params, cfg, hidden.x, runtime)

@@ -1,0 +1,52 @@
+"""Two execution layouts of one parameter tree.
+
+Checkpoints, exports and users see the plain tree, whose layers are stacked. Here it becomes one buffer a layer, and
+projections of one input become one matmul: what decoding, and anything on CPU, runs fastest from.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from jaxformers.models.config import ModelConfig, plan_stacks
+from jaxformers.models.params import Params
+from jaxformers.models.weights import concat_outputs
+
+
+def unstack(params: Params, cfg: ModelConfig) -> Params:
+    """The tree with `blocks`, one dict a layer in order, in place of stacked `layers`."""
+    blocks: list[Params] = [{}] * cfg.num_layers
+    for stack, patterns in zip(plan_stacks(cfg.layers), params["layers"], strict=True):
+        for position, stacked in enumerate(patterns):
+            for repeat in range(stack.repeats):
+                blocks[stack.layer(position, repeat)] = jax.tree.map(lambda a, r=repeat: a[r], stacked)
+    return {name: leaf for name, leaf in params.items() if name != "layers"} | {"blocks": blocks}
+
+
+def fuse_layer(p: Params) -> Params:
+    """One layer with q, k, v joined as `qkv` [D, (H + 2K) N] and gate, up as `gate_up` [D, 2F]."""
+    p = dict(p)
+    if "k" in p["attn"]:
+        p["attn"] = _join(p["attn"], ("q", "k", "v"), "qkv")
+    if "gate" in p["ffn"] and "router" not in p["ffn"]:
+        p["ffn"] = _join(p["ffn"], ("gate", "up"), "gate_up")
+    return p
+
+
+def _join(p: Params, names: tuple[str, ...], fused: str) -> Params:
+    joined = {fused: concat_outputs([p[name] for name in names])}
+    biases = [f"{name}_b" for name in names]
+    if biases[0] in p:
+        joined[f"{fused}_b"] = concat_outputs([p[name] for name in biases], n_in=0)
+    return {name: leaf for name, leaf in p.items() if name not in (*names, *biases)} | joined
+
+
+def prepare(params: Params, cfg: ModelConfig, *, dtype: Any, fuse: bool) -> Params:
+    """The tree to decode from: one buffer a layer, in the compute dtype, fused where every device holds layers
+    whole."""
+    prepared = unstack(jax.tree.map(lambda a: a.astype(dtype), params), cfg)
+    if fuse:
+        prepared["blocks"] = [fuse_layer(p) for p in prepared["blocks"]]
+    return prepared

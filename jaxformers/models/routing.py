@@ -1,0 +1,84 @@
+"""Which experts a token visits and with what weight, and the sums that keep experts evenly loaded.
+
+B batch, T time, M = B T tokens, E experts, k experts a token
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from jaxformers.models.config import MoE
+from jaxformers.models.params import Params
+
+
+class Routing(NamedTuple):
+    """weights float32 [M, k] and experts int32 [M, k] of each token; router logits and scores float32 [M, E]."""
+
+    weights: jax.Array
+    experts: jax.Array
+    logits: jax.Array
+    scores: jax.Array
+
+
+@flax.struct.dataclass
+class MoEStats:
+    """Sums over the valid tokens of a batch, to be divided by (tokens x sparse layers).
+
+    balance: each row's load-balance loss E sum_e f_e P_e times its tokens, where f_e is the number of visits to
+    expert e per token and P_e its mean score (arXiv:2101.03961, taken a row at a time as in arXiv:2412.19437, so
+    that the sum does not depend on how rows are batched). router_z: sum of logsumexp(logits)^2 (arXiv:2202.08906).
+    load: visits [E].
+    """
+
+    balance: jax.Array
+    router_z: jax.Array
+    load: jax.Array
+
+    @classmethod
+    def zeros(cls, m: MoE) -> MoEStats:
+        zero = jnp.zeros((), jnp.float32)
+        return cls(zero, zero, jnp.zeros(m.num_experts, jnp.float32))
+
+
+def route(p: Params, x: jax.Array, m: MoE) -> Routing:
+    """The experts of each token. x [M, D]; router logits and scores are float32 whatever x is."""
+    logits = x.astype(jnp.float32) @ p["router"].astype(jnp.float32)
+    if m.router_bias:
+        logits += p["router_b"].astype(jnp.float32)
+    if m.score == "softmax_topk":
+        top, experts = jax.lax.top_k(logits, m.top_k)
+        return Routing(jax.nn.softmax(top, axis=-1) * m.scale, experts, logits, jax.nn.softmax(logits, axis=-1))
+    scores = jax.nn.softmax(logits, axis=-1) if m.score == "softmax" else jax.nn.sigmoid(logits)
+    preference = scores + p["select_b"].astype(jnp.float32) if m.select_bias else scores
+    _, experts = jax.lax.top_k(_limit_groups(preference, m), m.top_k)
+    weights = jnp.take_along_axis(scores, experts, axis=-1)
+    if m.normalize:
+        weights /= weights.sum(axis=-1, keepdims=True) + 1e-20
+    return Routing(weights * m.scale, experts, logits, scores)
+
+
+def _limit_groups(preference: jax.Array, m: MoE) -> jax.Array:
+    """Preferences [M, E] with those outside each token's best groups set to 0 (device-limited routing,
+    arXiv:2405.04434)."""
+    if m.groups == 1:
+        return preference
+    grouped = preference.reshape(-1, m.groups, m.num_experts // m.groups)
+    best = grouped.max(axis=-1) if m.group_score == "max" else jax.lax.top_k(grouped, 2)[0].sum(axis=-1)
+    kept = jax.nn.one_hot(jax.lax.top_k(best, m.top_groups)[1], m.groups).sum(axis=1)
+    return jnp.where(kept[..., None] > 0, grouped, 0.0).reshape(preference.shape)
+
+
+def routing_stats(routing: Routing, shape: tuple[int, int], valid: jax.Array | None, m: MoE) -> MoEStats:
+    """The sums of one layer. shape is (B, T); valid bool [B, T] marks the tokens that count, None = all."""
+    mask = jnp.ones(shape, jnp.float32) if valid is None else valid.astype(jnp.float32)
+    visits = jax.nn.one_hot(routing.experts, m.num_experts).sum(axis=1).reshape(*shape, -1) * mask[..., None]
+    scores = routing.scores / routing.scores.sum(axis=-1, keepdims=True)
+    scores = scores.reshape(*shape, -1) * mask[..., None]
+    tokens = jnp.maximum(mask.sum(axis=1), 1.0)  # [B]
+    balance = m.num_experts * (visits.sum(axis=1) * scores.sum(axis=1)).sum(axis=-1) / tokens
+    router_z = jnp.square(jax.nn.logsumexp(routing.logits, axis=-1)).reshape(shape) * mask
+    return MoEStats(balance.sum(), router_z.sum(), visits.sum(axis=(0, 1)))

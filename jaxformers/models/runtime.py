@@ -1,0 +1,59 @@
+"""How to run a model, as opposed to what it computes: nothing here changes a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from jaxformers.models.attention import dot_product
+from jaxformers.models.ffn import local_experts
+from jaxformers.models.params import Params
+
+Remat = Literal["none", "full", "dots", "projections"]
+POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "projections": jax.checkpoint_policies.save_only_these_names("q", "k", "v", "mixed", "gate", "up"),
+}
+
+
+def no_shard(x: jax.Array, *_axes: str | None) -> jax.Array:
+    """The placement of an activation on one device: leave it."""
+    return x
+
+
+def no_gather(params: Params, _spec: Params) -> Params:
+    """Weights that every device already holds whole: leave them."""
+    return params
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How to run a model.
+
+    dtype: of activations and of weights at use. remat: what the backward pass recomputes: nothing, all of a layer,
+    all but its matmuls, or all but its projections. layers: one scanned body for equal layers (compiles fast at any
+    depth), or every layer unrolled (runs faster on CPU and in decoding). fuse: join projections of one input into
+    one matmul at use. shard(x, *axes) places an activation; gather(params, spec) brings weights together for use;
+    attend, experts: kernels.
+    """
+
+    dtype: Any = jnp.float32
+    remat: Remat = "none"
+    layers: Literal["scan", "unroll"] = "scan"
+    fuse: bool = False
+    shard: Callable[..., jax.Array] = no_shard
+    gather: Callable[[Params, Params], Params] = no_gather
+    attend: Callable[..., jax.Array] = dot_product
+    experts: Callable[..., jax.Array] = local_experts
+
+    def rematerialize(self, body: Callable[..., Any]) -> Callable[..., Any]:
+        """`body` whose backward pass recomputes what `remat` says."""
+        if self.remat == "none":
+            return body
+        # The barrier that stops CSE from undoing the recomputation is not needed inside a scan.
+        return jax.checkpoint(body, policy=POLICIES[self.remat], prevent_cse=self.layers == "unroll")
