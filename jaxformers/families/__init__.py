@@ -1,0 +1,57 @@
+"""What a checkpoint means: `config.json` -> `ModelConfig`, tensor names -> leaves. Data, no arrays.
+
+A family is a few lines of table in a module of its lineage; this one finds it by `model_type`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxformers.families import deepseek, gemma, gpt, llama, qwen
+from jaxformers.families.common import Family, Names
+from jaxformers.families.keys import Keys
+from jaxformers.models.config import ModelConfig
+
+FAMILIES: dict[str, Family] = {
+    model_type: family
+    for module in (llama, qwen, gemma, deepseek, gpt)
+    for model_type, family in module.FAMILIES.items()
+}
+
+
+def read_config(source: str | Path | Mapping[str, Any]) -> ModelConfig:
+    """The architecture that a Hugging Face `config.json` describes: a directory holding one, the file, or its content.
+
+    ValueError names an unknown `model_type` (with those known), a missing or mistyped key, a value that is not
+    implemented, and every key that would change the model but is not understood.
+    """
+    values = source if isinstance(source, Mapping) else _read_file(Path(source))
+    model_type = values.get("model_type")
+    if model_type not in FAMILIES:
+        raise ValueError(f"model_type {model_type!r} is not known; known are {', '.join(sorted(FAMILIES))}")
+    keys = Keys(values)
+    cfg = FAMILIES[model_type].read(keys)
+    keys.finish()
+    return dataclasses.replace(cfg, source=dict(values))
+
+
+def names_of(cfg: ModelConfig) -> Names:
+    """Where each weight of this architecture lives in its family's checkpoints."""
+    return FAMILIES[cfg.family].names(cfg)
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    path = path / "config.json" if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds {type(values).__name__}, not the mapping of a config.json")
+    return values

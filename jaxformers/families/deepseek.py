@@ -1,0 +1,88 @@
+"""DeepSeek-V3: latent attention, sigmoid routing limited to groups of experts, a bias that only selects."""
+
+from jaxformers.families.common import ATTN, EXPERTS, LLAMA, Family, Names, Source, llama_config, rope, yarn_mscale
+from jaxformers.families.keys import Keys
+from jaxformers.models.config import MLA, LayerKind, ModelConfig, MoE, YarnScaling
+
+
+def read_deepseek_v3(c: Keys) -> ModelConfig:
+    for key, only in (
+        ("scoring_func", "sigmoid"),
+        ("topk_method", "noaux_tc"),
+        ("moe_layer_freq", 1),
+        ("attention_bias", False),
+    ):
+        c.expect(key, only)
+    mla = MLA(
+        q_rank=c.integer("q_lora_rank", None),
+        kv_rank=c.integer("kv_lora_rank"),
+        nope_dim=c.integer("qk_nope_head_dim"),
+        rope_dim=c.integer("qk_rope_head_dim"),
+        v_dim=c.integer("v_head_dim"),
+    )
+    # These repeat what the parts above say.
+    c.expect("head_dim", mla.rope_dim)
+    c.expect("qk_head_dim", mla.nope_dim + mla.rope_dim)
+    turn = rope(c, mla.rope_dim, interleaved=c.flag("rope_interleave", True))
+    first = c.integer("first_k_dense_replace")
+    layers = tuple(
+        LayerKind(mixer="mla", ffn="dense" if i < first else "moe", rope=turn)
+        for i in range(c.integer("num_hidden_layers"))
+    )
+    return llama_config(
+        c,
+        layers=layers,
+        mla=mla,
+        moe=_moe(c),
+        head_dim=mla.nope_dim + mla.rope_dim,
+        attn_scale=_scale(c, mla, turn.scaling),
+    )
+
+
+def _moe(c: Keys) -> MoE:
+    width = c.integer("moe_intermediate_size")
+    return MoE(
+        num_experts=c.integer("n_routed_experts"),
+        top_k=c.integer("num_experts_per_tok"),
+        d_ff=width,
+        score="sigmoid",
+        normalize=c.flag("norm_topk_prob", True),
+        scale=c.number("routed_scaling_factor", 1.0),
+        select_bias=True,
+        groups=c.integer("n_group"),
+        top_groups=c.integer("topk_group"),
+        group_score="top2",
+        shared_d_ff=width * c.integer("n_shared_experts", 0),
+    )
+
+
+def _scale(c: Keys, mla: MLA, scaling: object) -> float:
+    """The softmax scale; YaRN's `mscale_all_dim` enters it squared rather than through sin and cos."""
+    scale = (mla.nope_dim + mla.rope_dim) ** -0.5
+    values = c.table("rope_parameters", None) or c.table("rope_scaling", None) or {}
+    if isinstance(scaling, YarnScaling) and values.get("mscale_all_dim"):
+        scale *= yarn_mscale(scaling.factor, values["mscale_all_dim"]) ** 2
+    return scale
+
+
+def deepseek_names(cfg: ModelConfig) -> Names:
+    m = cfg.mla
+    assert m is not None
+    kv_a, kv_b = f"{ATTN}kv_a_proj_with_mqa.weight", f"{ATTN}kv_b_proj.weight"
+    compress, expand = (cfg.d_model, m.kv_rank + m.rope_dim), (m.kv_rank, cfg.num_heads, m.nope_dim + m.v_dim)
+    table = LLAMA | {
+        "attn.q_a": f"{ATTN}q_a_proj.weight",
+        "attn.q_norm.w": f"{ATTN}q_a_layernorm.weight",
+        "attn.q_b": f"{ATTN}q_b_proj.weight",
+        "attn.kv_norm.w": f"{ATTN}kv_a_layernorm.weight",
+        "attn.kv_a": Source(kv_a, compress, 1, 0, m.kv_rank),
+        "attn.k_rope": Source(kv_a, compress, 1, m.kv_rank, m.kv_rank + m.rope_dim),
+        "attn.k_b": Source(kv_b, expand, 2, 0, m.nope_dim),
+        "attn.v_b": Source(kv_b, expand, 2, m.nope_dim, m.nope_dim + m.v_dim),
+    }
+    # Multi-token-prediction modules sit behind the last layer; they predict further tokens and are not part of the
+    # decoder.
+    return Names(table, moe=EXPERTS, ignored=(rf"^model\.layers\.{cfg.num_layers}\.",))
+
+
+FAMILIES = {"deepseek_v3": Family(read_deepseek_v3, deepseek_names)}

@@ -1,0 +1,111 @@
+"""GPT-2 (learned positions, fused and untransposed projections) and gpt-oss (sinks, clamped experts, interleaved
+gate)."""
+
+from jaxformers.families.common import (
+    ACTIVATIONS,
+    ATTN,
+    LLAMA,
+    MLP,
+    Family,
+    Names,
+    Source,
+    head_dim,
+    layer_types,
+    llama_config,
+    norms,
+    rope,
+)
+from jaxformers.families.keys import Keys
+from jaxformers.models.config import LayerKind, ModelConfig, MoE
+
+
+def read_gpt2(c: Keys) -> ModelConfig:
+    c.expect("scale_attn_weights", True)
+    c.expect("scale_attn_by_inverse_layer_idx", False)
+    width, heads = c.integer("n_embd"), c.integer("n_head")
+    if width % heads:
+        raise c.error("n_embd", width, f"a multiple of n_head ({heads})")
+    positions = c.integer("n_positions", 1024)
+    c.expect("n_ctx", positions)
+    return ModelConfig(
+        family="gpt2",
+        vocab_size=c.integer("vocab_size"),
+        d_model=width,
+        d_ff=c.integer("n_inner", 4 * width),
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=width // heads,
+        layers=(LayerKind(),) * c.integer("n_layer"),
+        context_length=positions,
+        norm="layer",
+        norm_bias=True,
+        norm_eps=c.number("layer_norm_epsilon", 1e-5),
+        qkv_bias=True,
+        o_bias=True,
+        mlp_bias=True,
+        gated=False,
+        activation=c.choice("activation_function", ACTIVATIONS, "gelu_new"),
+        learned_positions=positions,
+        tie_embeddings=c.flag("tie_word_embeddings", True),
+    )
+
+
+def gpt2_names(cfg: ModelConfig) -> Names:
+    layer = "transformer.h.{l}."
+    weight, bias = (cfg.d_model, 3, cfg.num_heads, cfg.head_dim), (3, cfg.num_heads, cfg.head_dim)
+    table: dict[str, str | Source] = {
+        "embed": "transformer.wte.weight",
+        "positions": "transformer.wpe.weight",
+        "lm_head": "lm_head.weight",
+        **norms(attn_norm=f"{layer}ln_1", ffn_norm=f"{layer}ln_2", final_norm="transformer.ln_f"),
+    }
+    for ours, theirs in (("attn.o", "attn.c_proj"), ("ffn.up", "mlp.c_fc"), ("ffn.down", "mlp.c_proj")):
+        table[ours] = Source(f"{layer}{theirs}.weight", transposed=False)
+        table[f"{ours}_b"] = f"{layer}{theirs}.bias"
+    for i, x in enumerate("qkv"):
+        table[f"attn.{x}"] = Source(f"{layer}attn.c_attn.weight", weight, 1, i, i + 1, transposed=False)
+        table[f"attn.{x}_b"] = Source(f"{layer}attn.c_attn.bias", bias, 0, i, i + 1)
+    return Names(table, ignored=(r"\.attn\.(masked_)?bias$",))
+
+
+def read_gpt_oss(c: Keys) -> ModelConfig:
+    c.expect("swiglu_alpha", 1.702)
+    window, turn = c.integer("sliding_window"), rope(c, head_dim(c), theta=150_000.0)
+    types = layer_types(c, lambda i: "full_attention" if i % 2 else "sliding_attention")
+    layers = tuple(LayerKind(ffn="moe", window=window if t == "sliding_attention" else None, rope=turn) for t in types)
+    top_k = c.integer("num_experts_per_tok")
+    c.expect("experts_per_token", top_k)
+    c.expect("initial_context_length", getattr(turn.scaling, "original_positions", None))
+    moe = MoE(
+        num_experts=c.integer("num_local_experts"),
+        top_k=top_k,
+        d_ff=c.integer("intermediate_size"),
+        score="softmax_topk",
+        router_bias=True,
+        expert_bias=True,
+    )
+    bias, limit = c.flag("attention_bias", True), c.number("swiglu_limit", 7.0)
+    norm_eps = c.number("rms_norm_eps", 1e-5)
+    return llama_config(
+        c, layers=layers, moe=moe, norm_eps=norm_eps, qkv_bias=bias, o_bias=bias, attn_sinks=True, swiglu_limit=limit
+    )
+
+
+def gpt_oss_names(cfg: ModelConfig) -> Names:
+    assert cfg.moe is not None
+    e, f = cfg.moe.num_experts, cfg.moe.d_ff
+    table: dict[str, str | Source] = {
+        **LLAMA,
+        "attn.sinks": f"{ATTN}sinks",
+        "ffn.router": f"{MLP}router.weight",
+        "ffn.router_b": f"{MLP}router.bias",
+        "ffn.down": Source(f"{MLP}experts.down_proj", transposed=False),
+        "ffn.down_b": f"{MLP}experts.down_proj_bias",
+    }
+    for i, x in enumerate(("gate", "up")):
+        table[f"ffn.{x}"] = Source(f"{MLP}experts.gate_up_proj", (e, cfg.d_model, f, 2), 3, i, i + 1, transposed=False)
+        table[f"ffn.{x}_b"] = Source(f"{MLP}experts.gate_up_proj_bias", (e, f, 2), 2, i, i + 1)
+    return Names(table)
+
+
+FAMILIES = {"gpt2": Family(read_gpt2, gpt2_names), "gpt_oss": Family(read_gpt_oss, gpt_oss_names)}

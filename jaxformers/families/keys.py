@@ -1,0 +1,106 @@
+"""Reading a `config.json`: every key is read, known to be irrelevant, or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any
+
+# Keys that describe a file, a training run, a tokenizer or an output format: none of them changes what is computed.
+IRRELEVANT = frozenset(
+    """
+    _name_or_path architectures auto_map model_type torch_dtype dtype transformers_version use_cache return_dict
+    output_attentions output_hidden_states output_router_logits problem_type id2label label2id chunk_size_feed_forward
+    bos_token_id eos_token_id pad_token_id decoder_start_token_id initializer_range initializer_factor
+    is_encoder_decoder attention_dropout hidden_dropout resid_pdrop embd_pdrop attn_pdrop router_aux_loss_coef
+    router_jitter_noise aux_loss_alpha seq_aux summary_type summary_use_proj summary_activation
+    summary_proj_to_labels summary_first_dropout task_specific_params tokenizer_class unsloth_version unsloth_fixed
+    cache_implementation _attn_implementation ep_size num_nextn_predict_layers reorder_and_upcast_attn
+    gradient_checkpointing
+    """.split()
+)
+# Keys that change what is computed unless they hold this value.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "pretraining_tp": (1,),
+    "quantization_config": (None,),
+    "add_cross_attention": (False,),
+    "use_bidirectional_attention": (False, None),
+    "is_decoder": (True, False),
+    "pruned_heads": ({}, None),
+    "tie_encoder_decoder": (False,),
+    "use_mrope": (False,),
+}
+_MISSING = object()
+
+
+class Keys:
+    """One `config.json`. Each typed getter marks its key as read; `finish` refuses what nobody read.
+
+    A key that is absent or null gives the default; without a default it is an error.
+    """
+
+    def __init__(self, values: Mapping[str, Any]):
+        self.values = values
+        self.model_type = values["model_type"]
+        self._read: set[str] = set()
+
+    def integer(self, key: str, default: Any = _MISSING) -> int:
+        return self._typed(key, default, int, "an integer")
+
+    def number(self, key: str, default: Any = _MISSING) -> float:
+        value = self._typed(key, default, (int, float), "a number")
+        return value if value is None else float(value)
+
+    def flag(self, key: str, default: Any = _MISSING) -> bool:
+        return self._typed(key, default, bool, "true or false")
+
+    def text(self, key: str, default: Any = _MISSING) -> str:
+        return self._typed(key, default, str, "a string")
+
+    def sequence(self, key: str, default: Any = _MISSING) -> list[Any]:
+        return self._typed(key, default, (list, tuple), "a list")
+
+    def table(self, key: str, default: Any = _MISSING) -> dict[str, Any]:
+        return self._typed(key, default, Mapping, "a mapping")
+
+    def choice(self, key: str, table: Mapping[str, Any], default: Any = _MISSING) -> Any:
+        """The table's entry for the text under `key`."""
+        value = self.text(key, default)
+        if value not in table:
+            raise self.error(key, value, f"one of {', '.join(sorted(table))}")
+        return table[value]
+
+    def expect(self, key: str, *allowed: Any) -> None:
+        """Refuses any value of `key` but these, which are all that is implemented. Absent and null are fine."""
+        self._read.add(key)
+        value = self.values.get(key)
+        if value is not None and value not in allowed:
+            raise self.error(key, value, " or ".join(repr(a) for a in allowed))
+
+    def error(self, key: str, value: Any, allowed: str) -> ValueError:
+        return ValueError(f"{self.model_type} config: {key} is {value!r}; it must be {allowed}")
+
+    def finish(self) -> None:
+        """Raises ValueError naming every key that changes the model in a way nobody here read."""
+        unread = {k: v for k, v in self.values.items() if k not in self._read and k not in IRRELEVANT}
+        unread = {k: v for k, v in unread.items() if not (k in NEUTRAL and v in NEUTRAL[k]) and v is not None}
+        if unread:
+            key, value = next(iter(unread.items()))
+            near = get_close_matches(key, sorted(self._read), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            others = f" (also unread: {', '.join(list(unread)[1:])})" if len(unread) > 1 else ""
+            raise ValueError(
+                f"{self.model_type} config: {key} = {value!r} is not supported{hint}{others} "
+                f"(keys read: {', '.join(sorted(self._read))})"
+            )
+
+    def _typed(self, key: str, default: Any, kind: Any, described: str) -> Any:
+        self._read.add(key)
+        value = self.values.get(key)
+        if value is None:
+            if default is _MISSING:
+                raise ValueError(f"{self.model_type} config: the required key {key!r} is missing")
+            return default
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise self.error(key, value, described)
+        return value

@@ -1,0 +1,140 @@
+"""Hugging Face tensors to parameters and back, through the one plan of `layout`.
+
+Import streams: each device asks for its slice of a leaf, and only the parts of the files under that slice are read.
+Export assembles one tensor at a time.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from jaxformers.families import names_of
+from jaxformers.hub.layout import LeafPath, Part, parts
+from jaxformers.hub.safetensors import Deferred
+from jaxformers.models.config import ModelConfig
+from jaxformers.models.params import Params, model_spec
+
+MAX_NAMED = 8  # tensors named in an error before it says how many more there are
+FLOATS = (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)
+
+
+def import_params(
+    cfg: ModelConfig, tensors: Mapping[str, np.ndarray], *, shardings: Any = None, dtype: Any = None
+) -> Params:
+    """The parameters that a checkpoint holds.
+
+    tensors: whole arrays by name, memory-mapped or not. shardings: a tree like the parameters, or one sharding, or
+    None for the default device. dtype: of every parameter; None keeps what each tensor has.
+
+    ValueError lists every missing, unplaced and misshapen tensor, and refuses tensors that are not floating point.
+    """
+    plan = list(parts(cfg))
+    tensors = _with_prefix(tensors, plan)
+    _check(cfg, plan, tensors)
+    by_leaf: dict[LeafPath, list[Part]] = defaultdict(list)
+    for part in plan:
+        by_leaf[part.path].append(part)
+    specs, tree = jax.tree_util.tree_flatten_with_path(model_spec(cfg))
+    places = _per_leaf(shardings, len(specs))
+    leaves = [
+        _load(by_leaf[path], spec.shape, tensors, place, dtype)
+        for (path, spec), place in zip(specs, places, strict=True)
+    ]
+    return jax.tree.unflatten(tree, leaves)
+
+
+def _per_leaf(shardings: Any, count: int) -> list[jax.sharding.Sharding]:
+    if shardings is None:
+        shardings = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return [shardings] * count if isinstance(shardings, jax.sharding.Sharding) else jax.tree.leaves(shardings)
+
+
+def _load(
+    leaf_parts: list[Part],
+    shape: tuple[int, ...],
+    tensors: Mapping[str, np.ndarray],
+    place: jax.sharding.Sharding,
+    dtype: Any,
+) -> jax.Array:
+    """One leaf, each device's slice read on its own."""
+    stored = {tensors[part.source.name].dtype for part in leaf_parts}
+    dtype = np.dtype(dtype) if dtype else stored.pop() if len(stored) == 1 else np.dtype(np.float32)
+    by_index = {part.index: part for part in leaf_parts}
+    leading = len(leaf_parts[0].index)
+
+    def read(where: tuple[slice, ...]) -> np.ndarray:
+        ranges = [range(*s.indices(size)) for s, size in zip(where, shape, strict=True)]
+        out = np.empty([len(r) for r in ranges], dtype)
+        for position in np.ndindex(*out.shape[:leading]):
+            part = by_index[tuple(r[i] for r, i in zip(ranges, position, strict=False))]
+            out[position] = part.from_disk(tensors[part.source.name])[tuple(where[leading:])]
+        return out
+
+    return jax.make_array_from_callback(shape, place, read)
+
+
+def _with_prefix(tensors: Mapping[str, np.ndarray], plan: list[Part]) -> Mapping[str, np.ndarray]:
+    """The tensors under full names. Checkpoints of a bare base model leave out its name (`transformer.`, `model.`)."""
+    prefix = plan[0].source.name.split(".")[0] + "."
+    wanted = {part.source.name for part in plan if part.source.name.startswith(prefix)}
+    if wanted & set(tensors) or not {name.removeprefix(prefix) for name in wanted} <= set(tensors):
+        return tensors
+    return {prefix + name if prefix + name in wanted else name: tensor for name, tensor in tensors.items()}
+
+
+def _check(cfg: ModelConfig, plan: list[Part], tensors: Mapping[str, np.ndarray]) -> None:
+    names = names_of(cfg)
+    shapes = {part.source.name: part.disk_shape() for part in plan}
+    ignored = [re.compile(pattern) for pattern in names.ignored]
+    tied = {names.source("lm_head", None).name} if cfg.tie_embeddings and "lm_head" in names.table else set()
+    extra = [n for n in tensors if n not in shapes and n not in tied and not any(p.search(n) for p in ignored)]
+    missing = [n for n in shapes if n not in tensors]
+    misshapen = [
+        f"{n} is {list(tensors[n].shape)}, not {list(shape)}"
+        for n, shape in shapes.items()
+        if n in tensors and tensors[n].shape != shape
+    ]
+    mistyped = [f"{n} ({tensors[n].dtype})" for n in shapes if n in tensors and tensors[n].dtype not in FLOATS]
+    problems = [
+        _listing("missing", missing),
+        _listing("without a place in the model", extra),
+        _listing("of another shape than config.json says", misshapen),
+        _listing("not float64, float32, float16 or bfloat16", mistyped),
+    ]
+    if any(problems):
+        raise ValueError(f"the checkpoint does not fit {cfg.family}: " + "; ".join(p for p in problems if p))
+
+
+def _listing(what: str, names: list[str]) -> str:
+    if not names:
+        return ""
+    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    return f"{len(names)} tensors {what}: {', '.join(names[:MAX_NAMED])}{more}"
+
+
+def export_tensors(cfg: ModelConfig, params: Params, *, dtype: Any = None) -> dict[str, Deferred]:
+    """The family's tensors by name, each assembled only when it is written. dtype None keeps each parameter's own."""
+    leaves = dict(jax.tree_util.tree_flatten_with_path(params)[0])
+    by_tensor: dict[str, list[Part]] = defaultdict(list)
+    for part in parts(cfg):
+        by_tensor[part.source.name].append(part)
+    return {name: _deferred(group, leaves, dtype) for name, group in by_tensor.items()}
+
+
+def _deferred(group: list[Part], leaves: Mapping[LeafPath, jax.Array], dtype: Any) -> Deferred:
+    shape, dtype = group[0].disk_shape(), np.dtype(dtype or leaves[group[0].path].dtype)
+
+    def assemble() -> np.ndarray:
+        tensor = np.empty(shape, dtype)
+        for part in group:
+            part.to_disk(tensor, np.asarray(leaves[part.path][part.index]).astype(dtype))
+        return tensor
+
+    return Deferred(shape, dtype, assemble)
