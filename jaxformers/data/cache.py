@@ -1,0 +1,277 @@
+"""The token cache: a corpus as one memory-mapped file of ids and one row of facts per document.
+
+It is built once, keyed by what decides its content, and appears under its final name only when it is complete. The key
+takes each file's path, size and time of modification instead of a hash of its content, because hashing would read a
+whole corpus at every start; a copy with new times is tokenized anew, which costs time and never correctness.
+Knows no rows: how documents are packed, shuffled or split is decided when the cache is opened, not when it is built.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock
+
+from jaxformers.data import shards
+from jaxformers.data.config import DataConfig
+from jaxformers.data.shards import DOCUMENT, Job
+from jaxformers.data.sources import BadRecord, SourceFile, find_files, name_of
+from jaxformers.data.tokenizer import Tokenizer
+
+Progress = Callable[[int, int], None]  # (done, total), in bytes of source files
+
+_VERSION = 1  # of the layout on disk and of everything that decides the ids
+_NAMES_KEPT = 100
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a cache holds; `bytes` counts the documents' text as UTF-8, `files` maps a name to its size and SHA-256."""
+
+    version: int
+    tokenizer: str
+    token_dtype: str
+    documents: int
+    tokens: int
+    bytes: int
+    source_files: int
+    empty: int
+    skipped: int
+    skipped_names: tuple[str, ...]
+    files: dict[str, tuple[int, str]]
+
+
+@dataclass(frozen=True)
+class TokenCache:
+    """Documents as ids: document d is `tokens[starts[d] : starts[d] + lengths[d]]`, its last id the end-of-text id.
+
+    Attributes:
+        tokens: uint16 or uint32 [tokens], memory-mapped.
+        starts, lengths, sizes: int64 [documents]; where each begins, its tokens, and the bytes of its text.
+        hashes: uint64 [documents]; of each document's text.
+    """
+
+    directory: Path
+    manifest: Manifest
+    tokens: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
+    sizes: np.ndarray
+    hashes: np.ndarray
+
+
+def cache_root(config: DataConfig) -> Path:
+    """Where caches live: `cache_dir`, else $JAXFORMERS_CACHE, else this system's folder for them."""
+    if config.cache_dir is not None:
+        return config.cache_dir.expanduser()
+    if named := os.environ.get("JAXFORMERS_CACHE"):
+        return Path(named).expanduser()
+    if os.name == "nt":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "jaxformers"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxformers"
+
+
+def open_cache(config: DataConfig, tokenizer: Tokenizer, *, progress: Progress | None = None) -> TokenCache:
+    """The tokenized corpus of a config, built first where there is none yet or where its files are damaged.
+
+    Raises:
+        ValueError: no such files, no document in them, a record that `on_bad_text: error` refuses, a tokenizer with no
+            end-of-text token, a cache folder that cannot be written.
+    """
+    if tokenizer.eos_id is None:
+        known = ", ".join(tokenizer.special_tokens) or "none"
+        raise ValueError(f"the tokenizer names no end-of-text token: set tokenizer.eos_token to one of: {known}")
+    files = find_files(config.paths, config.exclude)
+    directory = cache_root(config) / "corpora" / content_key(files, tokenizer.fingerprint, *_settings(config))
+    if _damage(directory) is not None:
+        with writing_to(directory.parent), FileLock(directory.with_suffix(".lock")):
+            damage = _damage(directory)  # another process may have built it while this one waited
+            if damage is not None:
+                _report_damage(directory, damage)
+                _build(directory, files, config, tokenizer, progress)
+    cache = _map(directory)
+    if config.on_bad_text == "error" and cache.manifest.skipped:
+        raise ValueError(cache.manifest.skipped_names[0])
+    return cache
+
+
+def content_key(files: Sequence[SourceFile], *settings: object) -> str:
+    """A name for what is made from these files, as they are now, under these settings."""
+    described = json.dumps([_VERSION, [asdict(file) for file in files], settings])
+    return hashlib.sha256(described.encode()).hexdigest()[:32]
+
+
+@contextmanager
+def writing_to(directory: Path) -> Iterator[None]:
+    """Creates a cache folder; what goes wrong in writing to it becomes one line that names it."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"cannot write to the cache folder {directory} ({error.strerror or error}): set data.cache_dir"
+        ) from error
+
+
+def _settings(config: DataConfig) -> tuple[object, ...]:
+    return (config.text_field, config.parse_special_tokens)
+
+
+def _report_damage(directory: Path, damage: str) -> None:
+    if directory.exists():
+        _log.warning("token cache %s is damaged (%s): building it again", directory, damage)
+
+
+def _damage(directory: Path) -> str | None:
+    """What is wrong with a cache on disk, or None. The ids are checked by size only: reading them all takes long."""
+    try:
+        manifest = _read_manifest(directory)
+        for name, (size, digest) in manifest.files.items():
+            if (directory / name).stat().st_size != size:
+                return f"{name} has {(directory / name).stat().st_size} bytes, not {size}"
+            if name != "tokens.bin" and shards.sha256_of(directory / name) != digest:
+                return f"{name} has changed"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (ValueError, TypeError, KeyError):
+        return "manifest.json cannot be read"
+    return None
+
+
+def _read_manifest(directory: Path) -> Manifest:
+    values = json.loads((directory / "manifest.json").read_bytes())
+    files = {name: tuple(entry) for name, entry in values.pop("files").items()}
+    return Manifest(files=files, skipped_names=tuple(values.pop("skipped_names")), **values)
+
+
+def _map(directory: Path) -> TokenCache:
+    manifest = _read_manifest(directory)
+    # A plain view of the mapping: slicing np.memmap itself costs a Python call every time.
+    tokens = np.asarray(np.memmap(directory / "tokens.bin", manifest.token_dtype, mode="r"))
+    facts = np.fromfile(directory / "documents.bin", DOCUMENT)
+    lengths = np.ascontiguousarray(facts["length"])
+    return TokenCache(
+        directory=directory,
+        manifest=manifest,
+        tokens=tokens,
+        starts=np.cumsum(lengths) - lengths,
+        lengths=lengths,
+        sizes=np.ascontiguousarray(facts["bytes"]),
+        hashes=np.ascontiguousarray(facts["hash"]),
+    )
+
+
+def _build(
+    directory: Path, files: Sequence[SourceFile], config: DataConfig, tokenizer: Tokenizer, progress: Progress | None
+) -> None:
+    """Shards first, each kept as soon as it is finished; then one file of all; then the final name."""
+    partial = directory.with_suffix(".partial")
+    partial.mkdir(exist_ok=True)
+    job = Job(
+        shards=shards.plan_shards(files),
+        text_field=config.text_field,
+        parse_special_tokens=config.parse_special_tokens,
+        token_dtype="uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32",
+    )
+    job.save(partial)
+    _write_shards(partial, job, files, config, tokenizer, progress)
+    merged = partial / "merged"
+    shutil.rmtree(merged, ignore_errors=True)
+    merged.mkdir()
+    manifest = _merge(partial, merged, job, tokenizer, len(files))
+    if not manifest.documents:
+        counted = f"{manifest.skipped} skipped, {manifest.empty} empty"
+        raise ValueError(f"no document in {', '.join(map(repr, config.paths))}: {counted}")
+    shutil.rmtree(directory, ignore_errors=True)  # a damaged one
+    os.replace(merged, directory)
+    _sync_directory(directory.parent)
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_shards(
+    partial: Path,
+    job: Job,
+    files: Sequence[SourceFile],
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    progress: Progress | None,
+) -> None:
+    total = sum(file.size for file in files)
+    finished = 0
+
+    def done(index: int) -> None:
+        nonlocal finished
+        finished += 1
+        if progress is not None:
+            progress(total * finished // len(job.shards), total)
+        if config.on_bad_text == "error":
+            _refuse_bad_text(partial, index)
+
+    missing = []
+    for index in range(len(job.shards)):
+        if shards.read_shard(partial, index) is None:
+            missing.append(index)
+        else:
+            done(index)
+    workers = config.workers or os.cpu_count() or 1
+    shards.write_shards(partial, missing, workers=workers, tokenizer=tokenizer, done=done)
+
+
+def _refuse_bad_text(partial: Path, index: int) -> None:
+    shard = shards.read_shard(partial, index)
+    assert shard is not None
+    if shard.named:
+        raise ValueError(name_of(shard.named[0]))
+
+
+def _merge(partial: Path, merged: Path, job: Job, tokenizer: Tokenizer, source_files: int) -> Manifest:
+    """Joins the shards in order, which makes the bytes independent of who wrote them and when."""
+    made = [shards.read_shard(partial, index) for index in range(len(job.shards))]
+    assert all(shard is not None for shard in made)
+    numbers = range(len(job.shards))
+    _join([shards.tokens_file(partial, index) for index in numbers], merged / "tokens.bin")
+    _join([shards.documents_file(partial, index) for index in numbers], merged / "documents.bin")
+    facts = np.fromfile(merged / "documents.bin", DOCUMENT)
+    named: list[BadRecord] = [record for shard in made for record in shard.named]
+    manifest = Manifest(
+        version=_VERSION,
+        tokenizer=tokenizer.fingerprint,
+        token_dtype=job.token_dtype,
+        documents=len(facts),
+        tokens=int(facts["length"].sum()),
+        bytes=int(facts["bytes"].sum()),
+        source_files=source_files,
+        empty=sum(shard.empty for shard in made),
+        skipped=sum(shard.bad for shard in made),
+        skipped_names=tuple(map(name_of, named[:_NAMES_KEPT])),
+        files={path.name: (path.stat().st_size, shards.sha256_of(path)) for path in sorted(merged.iterdir())},
+    )
+    shards.write_atomically(merged / "manifest.json", json.dumps(asdict(manifest), indent=2).encode())
+    return manifest
+
+
+def _join(parts: Sequence[Path], whole: Path) -> None:
+    with open(whole, "wb") as out:
+        for part in parts:
+            with open(part, "rb") as piece:
+                shutil.copyfileobj(piece, out, 1 << 20)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def _sync_directory(directory: Path) -> None:
+    """Makes a rename survive a power cut, where the system lets directories be opened."""
+    if os.name == "posix":
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,175 @@
+"""Rows to batches, batches to devices: the last hop, and the only module of this package that imports jax.
+
+Batch k of a run is rows [k B, (k + 1) B), cut into contiguous shares where several processes feed it. The position in
+the data is one number, the next row, so it means the same to any number of processes and any batch size.
+
+B rows in a global batch, T tokens in a row.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxformers.data.rows import PackedRows, Row
+
+_PREFETCHED_BATCHES = 2
+
+
+@dataclass(frozen=True)
+class ProcessShare:
+    """Share `index` of `count` equal, contiguous shares of every batch."""
+
+    index: int = 0
+    count: int = 1
+
+
+def process_share(mesh: Mesh, spec: PartitionSpec) -> ProcessShare:
+    """The share of a batch that this process feeds, for batches laid out by `spec` (its first entry is the batch dim).
+
+    Processes whose devices hold the same rows, as under tensor parallelism across hosts, get the same share.
+    """
+    axes = spec[0] if len(spec) else None
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    parts = math.prod(mesh.shape[name] for name in names)
+    held = NamedSharding(mesh, PartitionSpec(axes)).addressable_devices_indices_map((parts,))
+    mine = sorted({index[0].start or 0 for index in held.values()})
+    first, width = mine[0], len(mine)
+    assert mine == list(range(first, first + width)), f"this process holds parts {mine} of the batch, with gaps"
+    assert parts % width == first % width == 0, f"this process holds parts {mine} of {parts}, an uneven share"
+    return ProcessShare(first // width, parts // width)
+
+
+def train_iterator(
+    rows: PackedRows, *, batch_size: int, process_index: int = 0, process_count: int = 1
+) -> grain.DatasetIterator[Row]:
+    """Batches of rows [B / process_count, T] from row 0 on, made by a background thread while the last one is used.
+
+    `get_state` and `set_state` (and with them `grain.checkpoint`) hold {"next_row", "rows"}: the first row not handed
+    out yet, and the fingerprint of the rows. Only whole batches come: at the end of the last epoch a rest is dropped.
+
+    Args:
+        batch_size: B, rows of the global batch over all processes.
+        process_index, process_count: which contiguous share of each batch to make.
+
+    Raises:
+        ValueError: a batch that processes cannot share evenly, or more rows in it than there are; from `set_state`,
+            a position in other data.
+    """
+    _check_share(batch_size, process_index, process_count)
+    if len(rows) < batch_size:
+        raise ValueError(f"the data has {len(rows)} rows of {rows.sequence_length} tokens, a batch {batch_size} rows")
+    batches = _Batches(rows, batch_size, ProcessShare(process_index, process_count))
+    return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=_PREFETCHED_BATCHES))
+
+
+def validation_batches(
+    rows: PackedRows,
+    *,
+    batch_size: int,
+    max_batches: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Sequence[Row]:
+    """One epoch as batches [B / process_count, T], made when asked for; rows of weight 0 fill up the last one.
+
+    Args:
+        batch_size: B, rows of the global batch over all processes.
+        max_batches: how many at most, None for all.
+
+    Raises:
+        ValueError: a batch that processes cannot share evenly.
+    """
+    _check_share(batch_size, process_index, process_count)
+    count = -(-rows.rows_per_epoch // batch_size)
+    count = count if max_batches is None else min(count, max_batches)
+    return _ValidationBatches(rows, batch_size, count, ProcessShare(process_index, process_count))
+
+
+def to_global(batch: Row, mesh: Mesh, spec: PartitionSpec) -> dict[str, jax.Array]:
+    """This process's share of a batch, together with all other processes' shares, as global arrays [B, T].
+
+    The share must be the one `process_share(mesh, spec)` names.
+    """
+    sharding = NamedSharding(mesh, spec)
+    count = process_share(mesh, spec).count
+
+    def place(local: np.ndarray) -> jax.Array:
+        shape = (local.shape[0] * count, *local.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, local, shape)
+
+    return {name: place(values) for name, values in batch.items()}
+
+
+def _check_share(batch_size: int, process_index: int, process_count: int) -> None:
+    assert 0 <= process_index < process_count
+    if batch_size < 1 or batch_size % process_count:
+        raise ValueError(f"a batch of {batch_size} rows cannot be shared evenly by {process_count} processes")
+
+
+def _share_of_batch(rows: PackedRows, first: int, batch_size: int, share: ProcessShare) -> Row:
+    """This process's rows of the batch that begins at row `first`, stacked; rows past the end are all zeros."""
+    local = batch_size // share.count
+    begin = first + share.index * local
+    made = [rows[n] for n in range(begin, min(begin + local, len(rows)))]
+    empty = rows[0]
+    made += [{name: np.zeros_like(values) for name, values in empty.items()}] * (local - len(made))
+    return {name: np.stack([row[name] for row in made]) for name in empty}
+
+
+@dataclass(frozen=True)
+class _ValidationBatches(Sequence):
+    rows: PackedRows
+    batch_size: int
+    count: int
+    share: ProcessShare
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, k: int) -> Row:
+        if not 0 <= k < self.count:
+            raise IndexError(f"batch {k} of {self.count}")
+        return _share_of_batch(self.rows, k * self.batch_size, self.batch_size, self.share)
+
+
+class _Batches(grain.IterDataset[Row]):
+    def __init__(self, rows: PackedRows, batch_size: int, share: ProcessShare):
+        super().__init__()
+        self._arguments = (rows, batch_size, share)
+
+    def __iter__(self) -> "_BatchIterator":
+        return _BatchIterator(*self._arguments)
+
+
+class _BatchIterator(grain.DatasetIterator[Row]):
+    """Batches by position. Grain's own iterators count batches of one process; this one counts rows of the run."""
+
+    def __init__(self, rows: PackedRows, batch_size: int, share: ProcessShare):
+        super().__init__()
+        self._rows, self._batch_size, self._share = rows, batch_size, share
+        self._fingerprint = rows.fingerprint
+        self._next_row = 0
+
+    def __next__(self) -> Row:
+        if self._next_row + self._batch_size > len(self._rows):
+            raise StopIteration
+        batch = _share_of_batch(self._rows, self._next_row, self._batch_size, self._share)
+        self._next_row += self._batch_size
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        return {"next_row": self._next_row, "rows": self._fingerprint}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        if state["rows"] != self._fingerprint:
+            raise ValueError(
+                "the checkpoint's position is in other data: files, tokenizer, or one of sequence_length, packing, "
+                "packing_window, validation_fraction, seed and shuffle have changed since"
+            )
+        self._next_row = state["next_row"]

@@ -1,0 +1,40 @@
+"""Small corpora, written to disk once a test."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from jaxformers.data.config import DataConfig
+from jaxformers.data.tokenizer import Tokenizer, byte_tokenizer
+
+_WORDS = "the of to and in that is was for with naïve café 東京 🙂 def return x1 == 42 ; \t".split(" ")
+
+
+def random_texts(count: int, *, longest: int = 60, seed: int = 0) -> list[str]:
+    """Texts of 1 to `longest` words, some of them not ASCII."""
+    draw = random.Random(seed)
+    return [" ".join(draw.choices(_WORDS, k=draw.randint(1, longest))) + "\n" for _ in range(count)]
+
+
+@pytest.fixture(scope="session")
+def bytes_tokenizer() -> Tokenizer:
+    return byte_tokenizer()
+
+
+@pytest.fixture
+def texts() -> list[str]:
+    return random_texts(40)
+
+
+@pytest.fixture
+def jsonl(tmp_path: Path, texts: list[str]) -> Path:
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def config(tmp_path: Path, jsonl: Path) -> DataConfig:
+    return DataConfig(paths=str(jsonl), cache_dir=tmp_path / "cache", sequence_length=32, packing_window=8, workers=1)
