@@ -139,8 +139,9 @@ def _damage(directory: Path) -> str | None:
                 return f"{name} has {(directory / name).stat().st_size} bytes, not {size}"
             if name != "tokens.bin" and shards.sha256_of(directory / name) != digest:
                 return f"{name} has changed"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError)
+        return f"{Path(error.filename).name} {'is missing' if missing else 'cannot be read'}"
     except (ValueError, TypeError, KeyError):
         return "manifest.json cannot be read"
     return None

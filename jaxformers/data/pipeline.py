@@ -122,20 +122,17 @@ def _share_of_batch(rows: PackedRows, first: int, batch_size: int, share: Proces
     return {name: np.stack([row[name] for row in made]) for name in empty}
 
 
-@dataclass(frozen=True)
-class _ValidationBatches(Sequence):
-    rows: PackedRows
-    batch_size: int
-    count: int
-    share: ProcessShare
+class _ValidationBatches(Sequence[Row]):
+    def __init__(self, rows: PackedRows, batch_size: int, length: int, share: ProcessShare):
+        self._rows, self._batch_size, self._length, self._share = rows, batch_size, length, share
 
     def __len__(self) -> int:
-        return self.count
+        return self._length
 
     def __getitem__(self, k: int) -> Row:
-        if not 0 <= k < self.count:
-            raise IndexError(f"batch {k} of {self.count}")
-        return _share_of_batch(self.rows, k * self.batch_size, self.batch_size, self.share)
+        if not 0 <= k < self._length:
+            raise IndexError(f"batch {k} of {self._length}")
+        return _share_of_batch(self._rows, k * self._batch_size, self._batch_size, self._share)
 
 
 class _Batches(grain.IterDataset[Row]):

@@ -60,20 +60,12 @@ class Tokenizer:
         self.eos_id = self._id_of(tokens.get("eos_token"))
         self.pad_id = self._id_of(tokens.get("pad_token"))
         self.unk_id = self._id_of(tokens.get("unk_token"))
-        if "add_bos_token" in config or "add_eos_token" in config:
-            self._begin_and_end(bool(config.get("add_bos_token")), bool(config.get("add_eos_token")), tokens)
         own_stop = () if self.eos_id is None else (self.eos_id,)
         self.stop_ids = tuple(dict.fromkeys((*own_stop, *stop_ids)))
         self.chat_template = _chat_template(self._files, config)
 
     def _id_of(self, token: str | None) -> int | None:
         return None if token is None else self._text.token_to_id(token)
-
-    def _begin_and_end(self, begin: bool, end: bool, tokens: Mapping[str, str]) -> None:
-        """Follows `add_bos_token` and `add_eos_token`, which overrule tokenizer.json in `transformers`."""
-        first = [tokens["bos_token"]] if begin and self.bos_id is not None else []
-        last = [tokens["eos_token"]] if end and self.eos_id is not None else []
-        self._text.post_processor = _template(self._text, first, last)
 
     @functools.cached_property
     def vocab_size(self) -> int:
@@ -205,10 +197,11 @@ class TextStream:
 
     def push(self, token_id: int) -> str:
         """The text that is certain now that this id has come; often "" in the middle of a character."""
-        if token_id in self._skip:
+        token = self._tokenizer.token(token_id)
+        if token is None or token_id in self._skip:  # a model may have more ids than its tokenizer
             return ""
         self._ids.append(token_id)
-        if self._byte_runs and _is_byte(self._tokenizer.token(token_id)):
+        if self._byte_runs and _is_byte(token):
             return ""  # one invalid byte later on would change how the whole run reads
         text = self._decode(self._ids)
         if text.endswith("\ufffd"):
@@ -239,14 +232,16 @@ class TextStream:
         self._last = len(self._ids)
 
 
-def _is_byte(token: str | None) -> bool:
-    return token is not None and len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+def _is_byte(token: str) -> bool:
+    return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
 
 
 def _finish(text: tokenizers.Tokenizer, *, origin: str) -> Tokenizer:
     """A byte-level model as a tokenizer whose texts begin with BOS, in the files `transformers` reads."""
     text.decoder = decoders.ByteLevel()
-    text.post_processor = _template(text, [BOS], [])
+    text.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS}:1 $B:1", special_tokens=[(BOS, text.token_to_id(BOS))]
+    )
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": BOS,
@@ -256,17 +251,6 @@ def _finish(text: tokenizers.Tokenizer, *, origin: str) -> Tokenizer:
     }
     files = {"tokenizer.json": text.to_str(pretty=True).encode(), "tokenizer_config.json": _json_bytes(config)}
     return Tokenizer(files, origin=origin)
-
-
-def _template(text: tokenizers.Tokenizer, first: list[str], last: list[str]) -> processors.TemplateProcessing:
-    def sequence(name: str, kind: int) -> list[str]:
-        return [f"{token}:{kind}" for token in (*first, name, *last)]
-
-    return processors.TemplateProcessing(
-        single=sequence("$A", 0),
-        pair=sequence("$A", 0) + sequence("$B", 1),
-        special_tokens=[(token, text.token_to_id(token)) for token in dict.fromkeys(first + last)],
-    )
 
 
 def _byte_characters() -> Iterator[str]:
@@ -307,7 +291,7 @@ def _add_missing_tokens(text: tokenizers.Tokenizer, named: Mapping[str, str], co
     have = {token.content for token in text.get_added_tokens_decoder().values()}
     listed = sorted(config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0]))
     missing = [
-        AddedToken(**{key: token[key] for key in token if key not in ("__type",)})
+        AddedToken(**{key: value for key, value in token.items() if key != "__type"})
         for _, token in listed
         if token["content"] not in have
     ]

@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,11 @@ def random_texts(count: int, *, longest: int = 60, seed: int = 0) -> list[str]:
 @pytest.fixture(scope="session")
 def bytes_tokenizer() -> Tokenizer:
     return byte_tokenizer()
+
+
+@pytest.fixture
+def make_texts() -> Callable[..., list[str]]:
+    return random_texts
 
 
 @pytest.fixture
