@@ -1,0 +1,165 @@
+"""The config file of a training run: YAML with typed keys, dotted overrides, and a JSON Schema for editors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from jaxformers.data.config import DataConfig, TokenizerConfig
+from jaxformers.parallel.mesh import MeshConfig
+from jaxformers.train.config import (
+    CheckpointConfig,
+    LossConfig,
+    OptimizerConfig,
+    RuntimeConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+
+
+class SampleConfig(BaseModel):
+    """What a finished run shows of what it learned."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prompts: tuple[str, ...] = Field((), description="Texts to continue when the run is done.")
+    max_new_tokens: int = Field(64, ge=1, description="Tokens to add to each.")
+    temperature: float = Field(0.8, ge=0, description="0 = the likeliest token each time.")
+
+
+class RunConfig(BaseModel):
+    """Everything `jaxformers train` is told."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    run_dir: str = Field(description="Where the run lives: config.yaml, metrics.jsonl, checkpoints/, tokenizer/.")
+    model: dict[str, Any] | str = Field(
+        description="A config.json written out (model_type, hidden_size, ...) to start from random weights, or a "
+        "reference (Hugging Face directory, hub id, run directory) to go on from its weights."
+    )
+    seed: int = Field(0, ge=0, lt=2**31, description="Of the initial parameters.")
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    data: DataConfig
+    mesh: MeshConfig = MeshConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+    train: TrainConfig = TrainConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    loss: LossConfig = LossConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    sample: SampleConfig = SampleConfig()
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with the numbers of version 1.2 (`3e-4` is a float) and no key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:float"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_FLOAT = r"""^[-+]?(\.inf|\.Inf|\.INF|\d+\.\d*|(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+|\.\d+)$|^(\.nan|\.NaN|\.NAN)$"""
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT), list("-+0123456789."))
+
+
+def parse_yaml(text: str, *, name: str) -> Any:
+    """The content of YAML text; tags that would run code are refused. ValueError in one line that says where."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" (line {mark.line + 1})" if mark else ""
+        raise ValueError(f"{name} is not YAML{where}: {getattr(error, 'problem', None) or error}") from None
+
+
+def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
+    """The config of a file (or a mapping), with overrides such as `train.steps=100` applied.
+
+    ValueError names the first unknown key with the nearest known one, or the first value that does not fit.
+    """
+    if isinstance(source, Mapping):
+        name, values = "config", _copied(source)
+    else:
+        name, path = str(source), Path(source)
+        if not path.is_file():
+            raise ValueError(f"{name}: no such config file")
+        try:
+            values = parse_yaml(path.read_text(encoding="utf-8"), name=name)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{name} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{name} holds {type(values).__name__}, not the keys of a config")
+    for override in overrides:
+        _override(values, override)
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(f"{name}: {explain(error)}") from None
+
+
+def _copied(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy whose mappings overrides may change."""
+    return {key: _copied(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    path = key.strip().split(".")
+    if not equals or not all(path):
+        raise ValueError(f"override {override!r} is not of the form key=value, such as train.steps=100")
+    node = values
+    for part in path[:-1]:
+        if node.get(part) is None:
+            node[part] = {}
+        node = node[part]
+        if not isinstance(node, dict):
+            raise ValueError(f"override {override!r}: {part} is {node!r}, which has no keys")
+    node[path[-1]] = parse_yaml(text, name=f"override {override!r}") if text else ""
+
+
+def explain(error: ValidationError) -> str:
+    """A validation error's first complaint in one line."""
+    first = error.errors(include_url=False)[0]
+    place = ".".join(str(part) for part in first["loc"])
+    match first["type"]:
+        case "extra_forbidden":
+            known = sorted(_fields(first["loc"][:-1]))
+            near = get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+            return f"unknown key {place!r}; {hint}"
+        case "missing":
+            return f"the required key {place!r} is missing"
+        case "value_error":
+            return f"{place}: {first['ctx']['error']}" if place else str(first["ctx"]["error"])
+    return f"{place} is {first['input']!r}; {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def _fields(path: tuple[int | str, ...]) -> Iterator[str]:
+    """Names of the keys allowed at a place of the config."""
+    node: Any = RunConfig
+    for part in path:
+        node = node.model_fields[part].annotation
+    yield from node.model_fields
+
+
+def dump_yaml(config: RunConfig) -> str:
+    """The config with every default written out; loading it gives the config back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of a config file, for editors."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **RunConfig.model_json_schema()}

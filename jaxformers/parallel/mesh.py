@@ -1,0 +1,151 @@
+"""The device mesh and the rules from logical dim names to its axes.
+
+Model code names the dims of an array; only this module knows the mesh. A parallelism is a mesh shape, not another rule
+set: `fsdp=8` shards parameters over eight devices, `dp=2, tp=4` replicates them twice and splits heads in four.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from pydantic import BaseModel, ConfigDict, Field
+
+from jaxformers.models.params import Params, ParamSpec
+from jaxformers.models.runtime import no_gather, no_shard
+
+log = logging.getLogger(__name__)
+
+AXES = ("pp", "dp", "fsdp", "ep", "cp", "tp")  # outermost first: slow links left, fast links right
+WORKING = ("dp", "fsdp", "tp")
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("dp", "fsdp", "ep"),
+    "seq": ("cp",),
+    "embed": ("fsdp",),
+    "vocab": ("tp",),
+    "heads": ("tp",),
+    "kv_heads": ("tp",),
+    "mlp": ("tp",),
+    "experts": ("ep",),
+    "layers": ("pp",),
+}
+AxisSize = int | Literal["auto"]
+
+
+class MeshConfig(BaseModel):
+    """Sizes of the mesh's axes. At most one is `auto`: the devices that the others leave."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    pp: AxisSize = Field(1, description="Pipeline stages.")
+    dp: AxisSize = Field(1, description="Data parallel: whole replicas of the parameters.")
+    fsdp: AxisSize = Field("auto", description="Fully sharded data parallel: parameters split and gathered at use.")
+    ep: AxisSize = Field(1, description="Expert parallel: experts split over devices.")
+    cp: AxisSize = Field(1, description="Context parallel: the sequence split over devices.")
+    tp: AxisSize = Field(1, description="Tensor parallel: heads, feed-forward width and vocabulary split over devices.")
+
+    def sizes(self, num_devices: int) -> dict[str, int]:
+        """The size of each axis on this many devices. ValueError if they do not multiply to it."""
+        wanted = {axis: getattr(self, axis) for axis in AXES}
+        shown = ", ".join(f"{axis}={size}" for axis, size in wanted.items() if size != 1)
+        bad = [axis for axis, size in wanted.items() if size != "auto" and size < 1]
+        if bad:
+            raise ValueError(f"mesh: {bad[0]} is {wanted[bad[0]]}; an axis size is at least 1, or auto")
+        unsupported = [axis for axis in AXES if axis not in WORKING and wanted[axis] not in (1, "auto")]
+        if unsupported:
+            raise ValueError(
+                f"mesh: {unsupported[0]}={wanted[unsupported[0]]} is not available yet; use {', '.join(WORKING)}"
+            )
+        free = [axis for axis, size in wanted.items() if size == "auto"]
+        if len(free) > 1:
+            raise ValueError(f"mesh: {' and '.join(free)} are both auto; at most one axis may be")
+        fixed = math.prod(size for size in wanted.values() if size != "auto")
+        if num_devices % fixed or (not free and fixed != num_devices):
+            raise ValueError(f"mesh: {shown or 'all sizes 1'} needs {fixed} devices, but there are {num_devices}")
+        return {axis: num_devices // fixed if size == "auto" else size for axis, size in wanted.items()}
+
+
+def make_mesh(config: MeshConfig = MeshConfig(), *, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh over all devices (or the given ones), every axis present and those unused of size 1."""
+    devices = jax.devices() if devices is None else devices
+    sizes = config.sizes(len(devices))
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def single_device_mesh() -> Mesh:
+    """A mesh of the first local device."""
+    return make_mesh(devices=jax.local_devices()[:1])
+
+
+def spec_of(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+    """Where an array with these named dims lies. A mesh axis is used once, and only where it divides the dim; an axis
+    dropped because it does not divide is logged once."""
+    used: set[str] = set()
+    placed: list[tuple[str, ...] | str | None] = []
+    for name, size in zip(axes, shape, strict=True):
+        taken: list[str] = []
+        for axis in RULES[name] if name else ():
+            if axis in used or mesh.shape[axis] == 1:
+                continue
+            if size % (mesh.shape[axis] * math.prod(mesh.shape[a] for a in taken)):
+                _log_dropped(axis, mesh.shape[axis], name, size)
+                continue
+            taken.append(axis)
+            used.add(axis)
+        placed.append(tuple(taken) if len(taken) > 1 else taken[0] if taken else None)
+    return PartitionSpec(*placed)
+
+
+@functools.cache
+def _log_dropped(axis: str, axis_size: int, name: str, size: int) -> None:
+    log.warning("%s=%d does not divide a %s dim of %d, which stays whole on every device", axis, axis_size, name, size)
+
+
+def param_shardings(specs: Params, mesh: Mesh) -> Params:
+    """The sharding of every parameter, as a tree like `model_spec`'s."""
+    return jax.tree.map(lambda s: NamedSharding(mesh, spec_of(s.axes, s.shape, mesh)), specs)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Whole on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    """Where a batch [B, T, ...] lies: rows over the data axes, time over the context axis."""
+    axes = ("batch", "seq", *(None,) * (len(shape) - 2))
+    return NamedSharding(mesh, spec_of(axes, shape, mesh))
+
+
+def batch_shards(mesh_sizes: Mapping[str, int]) -> int:
+    """How many ways the rows of a batch are split; a microbatch must be a multiple of it."""
+    return math.prod(mesh_sizes[axis] for axis in RULES["batch"])
+
+
+def sharder(mesh: Mesh) -> Callable[..., jax.Array]:
+    """The `shard` of a `Runtime`: `shard(x, "batch", "seq", None)` pins an activation to its place."""
+    if mesh.size == 1:
+        return no_shard
+
+    def shard(x: jax.Array, *axes: str | None) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec_of(axes, x.shape, mesh)))
+
+    return shard
+
+
+def gatherer(mesh: Mesh) -> Callable[[Params, Params], Params]:
+    """The `gather` of a `Runtime`: weights sharded by fsdp come together where a layer uses them, and their
+    gradients are scattered back. Done here, at the top of a layer, XLA has no reason to gather activations instead."""
+    if mesh.shape["fsdp"] == 1:
+        return no_gather
+    shard = sharder(mesh)
+
+    def whole(spec: ParamSpec, w: jax.Array) -> jax.Array:
+        return shard(w, *(None if axis == "embed" else axis for axis in spec.axes))
+
+    return lambda params, specs: jax.tree.map(whole, specs, params)

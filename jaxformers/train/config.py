@@ -1,0 +1,119 @@
+"""The settings of a training run, as far as they are about training."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+STRICT = ConfigDict(extra="forbid", frozen=True)
+
+
+class RuntimeConfig(BaseModel):
+    """How to run the model; nothing here changes a checkpoint."""
+
+    model_config = STRICT
+
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Of activations and matmuls; parameters stay float32."
+    )
+    remat: Literal["none", "full", "dots", "projections"] = Field(
+        "none",
+        description="What the backward pass recomputes: nothing, whole layers, all but matmuls, all but projections.",
+    )
+    layers: Literal["auto", "scan", "unroll"] = Field(
+        "auto",
+        description="One compiled body for equal layers, or every layer unrolled; auto unrolls up to 32 layers on CPU.",
+    )
+
+
+class OptimizerConfig(BaseModel):
+    """AdamW (arXiv:1711.05101)."""
+
+    model_config = STRICT
+
+    name: Literal["adamw"] = Field("adamw", description="The optimizer.")
+    learning_rate: float = Field(3e-4, gt=0, description="Peak learning rate.")
+    b1: float = Field(0.9, ge=0, lt=1, description="Decay of the first moment.")
+    b2: float = Field(0.95, ge=0, lt=1, description="Decay of the second moment.")
+    eps: float = Field(1e-8, gt=0, description="Added to the root of the second moment.")
+    weight_decay: float = Field(
+        0.1, ge=0, description="Decoupled decay of matrices and embeddings; norms and biases are spared."
+    )
+    clip_norm: float | None = Field(1.0, gt=0, description="Largest global norm of the gradient; null = no clipping.")
+
+
+class ScheduleConfig(BaseModel):
+    """The learning rate over the run."""
+
+    model_config = STRICT
+
+    name: Literal["cosine", "linear", "wsd", "constant", "inverse_sqrt"] = Field(
+        "cosine", description="Shape after warm-up."
+    )
+    warmup_steps: int = Field(100, ge=0, description="Steps of linear growth from zero.")
+    final_fraction: float = Field(
+        0.1, ge=0, le=1, description="Rate at the end, as a fraction of the peak (cosine, linear, wsd)."
+    )
+    decay_fraction: float = Field(0.2, gt=0, le=1, description="wsd: share of the run spent decaying at its end.")
+
+
+class LossConfig(BaseModel):
+    """What is minimised besides cross-entropy, and how the head is computed."""
+
+    model_config = STRICT
+
+    chunk: int | Literal["auto", "none"] = Field(
+        "auto",
+        description="Tokens of each row whose logits exist at once; none: all; auto: as many as fit 1 GiB a device.",
+    )
+    z_loss: float = Field(0.0, ge=0, description="Weight of logsumexp(logits)^2 (arXiv:2204.02311).")
+    balance_loss: float = Field(1e-3, ge=0, description="Weight of the experts' load-balance loss.")
+    router_z_loss: float = Field(0.0, ge=0, description="Weight of the router's z-loss (arXiv:2202.08906).")
+
+    @model_validator(mode="after")
+    def _positive_chunk(self) -> LossConfig:
+        if isinstance(self.chunk, int) and self.chunk < 1:
+            raise ValueError(f"chunk is {self.chunk}; it must be at least 1, or auto, or none")
+        return self
+
+
+class TrainConfig(BaseModel):
+    """The length and rhythm of a run."""
+
+    model_config = STRICT
+
+    steps: int = Field(1000, ge=1, description="Updates in the whole run.")
+    batch_size: int = Field(8, ge=1, description="Rows in an update, over all devices and microbatches.")
+    accumulation: int = Field(1, ge=1, description="Microbatches an update is computed in, one after the other.")
+    log_every: int = Field(1, ge=1, description="Steps between lines of metrics.jsonl.")
+    eval_every: int | None = Field(None, ge=1, description="Steps between evaluations; null = only at the end.")
+    eval_batches: int = Field(16, ge=0, description="Validation batches an evaluation reads; 0 = no evaluation.")
+    ema_decay: float | None = Field(
+        None, gt=0, lt=1, description="Decay of an exponential moving average of the parameters."
+    )
+    tensorboard: bool = Field(False, description="Also write TensorBoard events (extra `monitor`).")
+
+    @model_validator(mode="after")
+    def _microbatches(self) -> TrainConfig:
+        if self.batch_size % self.accumulation:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulation {self.accumulation}")
+        return self
+
+
+class CheckpointConfig(BaseModel):
+    """When checkpoints are written, which are kept, and whether a run goes on from them."""
+
+    model_config = STRICT
+
+    every_steps: int | None = Field(
+        500, ge=1, description="Steps between checkpoints; null = by time or only at the end."
+    )
+    every_minutes: float | None = Field(None, gt=0, description="Minutes between checkpoints.")
+    keep_last: int = Field(3, ge=1, description="Newest checkpoints kept.")
+    keep_every: int | None = Field(None, ge=1, description="Checkpoints of steps divisible by this are never deleted.")
+    resume: Literal["auto", "never", "must"] = Field(
+        "auto",
+        description="auto: go on from the newest checkpoint, if any; never: refuse a run that has one; "
+        "must: refuse a run that has none.",
+    )

@@ -1,0 +1,189 @@
+"""A training run from its first step to its last: the only place with clocks and signals.
+
+Given the pieces (state, compiled functions, data, checkpoints), it takes steps, speaks about them, evaluates, saves,
+and stops cleanly when asked to.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+
+from jaxformers.train.checkpoint import Checkpointer
+from jaxformers.train.config import TrainConfig
+from jaxformers.train.monitor import Display, Trackers
+from jaxformers.train.state import TrainState
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a run computes. `step(state, batch)` -> (state, metrics); `evaluate(params, batch)` -> (nll sum, weight
+    sum);
+    `place(batch)` puts a host batch on the mesh. flops_per_token and peak_flops (of all devices) give MFU; None =
+    unknown."""
+
+    step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
+    evaluate: Callable[[Any, Any], tuple[jax.Array, jax.Array]]
+    place: Callable[[Any], Any]
+    tokens_per_step: int
+    flops_per_token: float
+    peak_flops: float | None
+
+
+@dataclass
+class Result:
+    """How a run ended. `stopped` names the signal that ended it early."""
+
+    state: TrainState
+    step: int
+    metrics: dict[str, Any] = field(default_factory=dict)
+    validation: dict[str, float] = field(default_factory=dict)
+    stopped: str | None = None
+
+
+def train(
+    program: Program,
+    state: TrainState,
+    batches: Iterator[Any],
+    validation: Sequence[Any],
+    config: TrainConfig,
+    *,
+    checkpointer: Checkpointer,
+    meta: dict[str, Any],
+    trackers: Trackers,
+    display: Display,
+) -> Result:
+    """Takes steps until `config.steps`, a stop signal, or the end of the data; saves the last state either way.
+
+    On SIGTERM or SIGINT the step in progress is finished and saved. CheckpointError if a save fails.
+    """
+    result = Result(state, int(state.step))
+    reporter = Reporter(program, config.steps, trackers, display)
+    with catch_stop_signals() as stop:
+        while result.step < config.steps and stop.name is None:
+            try:
+                batch = program.place(next(batches))
+            except StopIteration:
+                display.say(f"the data ends at step {result.step}")
+                break
+            result.state, metrics = program.step(result.state, batch)
+            result.step += 1
+            # The metrics of the step before have arrived by now, while this step is computed.
+            reporter.report()
+            if result.step % config.log_every == 0 or result.step == config.steps:
+                reporter.pending = (result.step, metrics)
+            evaluates = bool(config.eval_every) and result.step % config.eval_every == 0 and result.step < config.steps
+            if evaluates or checkpointer.is_due(result.step):
+                reporter.report()
+                with reporter.paused():
+                    if evaluates:
+                        result.validation = reporter.validate(result.step, result.state.params, validation)
+                    if checkpointer.is_due(result.step):
+                        checkpointer.save(result.state, batches, meta)
+        reporter.report()
+        result.stopped, result.metrics = stop.name, reporter.metrics
+        if result.stopped is None:
+            result.validation = reporter.validate(result.step, result.state.params, validation)
+        checkpointer.save(result.state, batches, meta)
+        checkpointer.wait()
+    return result
+
+
+def evaluate(program: Program, params: Any, batches: Sequence[Any]) -> dict[str, float]:
+    """Mean cross-entropy in nats per target over validation batches; empty where there are none."""
+    nll = weight = 0.0
+    for batch in batches:
+        sums = jax.device_get(program.evaluate(params, program.place(batch)))
+        nll, weight = nll + float(sums[0]), weight + float(sums[1])
+    return {"validation_loss": nll / weight} if weight else {}
+
+
+class Reporter:
+    """Turns what steps return into lines of metrics. A step's time spans from the line before, with pauses (evaluation,
+    saving) left out; the first one includes compilation."""
+
+    def __init__(self, program: Program, steps: int, trackers: Trackers, display: Display):
+        self.pending: tuple[int, dict[str, jax.Array]] | None = None
+        self.metrics: dict[str, Any] = {}
+        self._program, self._steps, self._trackers, self._display = program, steps, trackers, display
+        self._last, self._last_step = time.perf_counter(), None
+
+    def report(self) -> None:
+        """Waits for the pending step's metrics, if there are any, and hands them on."""
+        if self.pending is None:
+            return
+        step, values = self.pending
+        self.pending, self.metrics = None, self._measure(step, jax.device_get(values))
+        self._trackers.log(step, self.metrics)
+        seconds_left = (self._steps - step) * self.metrics["step_seconds"]
+        self._display.update(step, self.metrics, seconds_left=seconds_left)
+
+    def _measure(self, step: int, values: dict[str, Any]) -> dict[str, Any]:
+        now = time.perf_counter()
+        seconds = (now - self._last) / (1 if self._last_step is None else step - self._last_step)
+        self._last, self._last_step = now, step
+        rate = self._program.tokens_per_step / seconds
+        peak = self._program.peak_flops
+        return {
+            **{name: value.item() if value.ndim == 0 else value.tolist() for name, value in values.items()},
+            "tokens": step * self._program.tokens_per_step,
+            "tokens_per_second": rate,
+            "step_seconds": seconds,
+            "mfu": None if peak is None else rate * self._program.flops_per_token / peak,
+        }
+
+    def validate(self, step: int, params: Any, batches: Sequence[Any]) -> dict[str, float]:
+        """Evaluates and says so; empty where there is nothing to evaluate on."""
+        validation = evaluate(self._program, params, batches)
+        if validation:
+            self._trackers.log(step, validation)
+            self._display.say(f"step {step}: validation loss {validation['validation_loss']:.4f} nats")
+        return validation
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time inside does not count as a step's."""
+        start = time.perf_counter()
+        yield
+        self._last += time.perf_counter() - start
+
+
+@dataclass
+class Stop:
+    """The name of the stop signal that arrived, None while none has."""
+
+    name: str | None = None
+
+
+@contextmanager
+def catch_stop_signals() -> Iterator[Stop]:
+    """Remembers the first stop signal instead of dying of it. The second one acts as it did before.
+
+    Off the main thread, where Python allows no handlers, signals keep their effect.
+    """
+    stop = Stop()
+    try:
+        before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+
+        def remember(number: int, _frame: object) -> None:
+            stop.name = signal.Signals(number).name
+            signal.signal(number, before[number])
+
+        for number in STOP_SIGNALS:
+            signal.signal(number, remember)
+    except ValueError:
+        yield stop
+        return
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

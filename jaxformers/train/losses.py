@@ -1,0 +1,172 @@
+"""Losses over a batch, as sums: whoever sums over microbatches and devices gets the loss of the whole batch.
+
+B batch, T time, C chunk of time, D model, V vocabulary
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from jaxformers.models.config import ModelConfig
+from jaxformers.models.decoder import gather_shared, hidden_states, unembed
+from jaxformers.models.params import Params
+from jaxformers.models.runtime import Runtime
+from jaxformers.train.config import LossConfig
+
+Batch = Mapping[str, jax.Array]
+HEAD = ("embed", "lm_head", "lm_head_b", "final_norm")
+
+
+@flax.struct.dataclass
+class Totals:
+    """What a whole batch's sums are divided by: `weight` of its targets, and its `tokens` that are not padding."""
+
+    weight: jax.Array
+    tokens: jax.Array
+
+    @classmethod
+    def of(cls, batch: Batch) -> Totals:
+        weight = jnp.maximum(batch["weights"].sum(), 1.0)
+        return cls(weight, jnp.maximum((batch["segment_ids"] > 0).sum(), 1).astype(jnp.float32))
+
+
+@flax.struct.dataclass
+class Sums:
+    """Sums over a batch's targets: negative log-likelihood in nats, logsumexp^2, hits of the likeliest token,
+    weights; and over its tokens and sparse layers: the experts' losses and load (None without experts)."""
+
+    nll: jax.Array
+    z: jax.Array
+    correct: jax.Array
+    weight: jax.Array
+    balance: jax.Array | None = None
+    router_z: jax.Array | None = None
+    load: jax.Array | None = None
+
+
+def token_sums(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> Sums:
+    """Sums over logits float32 [..., V], targets int32 [...] and weights float32 [...]."""
+    lse = jax.nn.logsumexp(logits, axis=-1)
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    correct = (logits.argmax(axis=-1) == targets).astype(jnp.float32)
+    return Sums(
+        ((lse - chosen) * weights).sum(), (jnp.square(lse) * weights).sum(), (correct * weights).sum(), weights.sum()
+    )
+
+
+def lm_loss(
+    params: Params,
+    batch: Batch,
+    totals: Totals,
+    cfg: ModelConfig,
+    runtime: Runtime,
+    config: LossConfig,
+    *,
+    chunk: int | None = None,
+) -> tuple[jax.Array, Sums]:
+    """This microbatch's share of the loss to minimise, and its sums.
+
+    Shares of all microbatches add up to the loss of the batch whose `totals` are given: cross-entropy and z-loss per
+    weighted target, the experts' losses per token and sparse layer. `chunk` is as `chunk_length` gives it.
+    """
+    params = gather_shared(params, cfg, runtime)
+    hidden = hidden_states(
+        params, cfg, batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"], runtime=runtime
+    )
+    head = {name: params[name] for name in HEAD if name in params}
+    loss, sums = head_loss(head, hidden.x, batch, cfg, runtime, z_weight=config.z_loss, chunk=chunk)
+    loss /= totals.weight
+    if hidden.moe is not None:
+        layers = sum(kind.ffn == "moe" for kind in cfg.layers)
+        experts = config.balance_loss * hidden.moe.balance + config.router_z_loss * hidden.moe.router_z
+        loss += experts / (totals.tokens * layers)
+        sums = sums.replace(balance=hidden.moe.balance, router_z=hidden.moe.router_z, load=hidden.moe.load)
+    return loss, sums
+
+
+AUTO_LOGITS_BYTES = 2**30
+
+
+def chunk_length(config: LossConfig, *, rows: int, length: int, vocab_size: int, devices: int) -> int | None:
+    """Tokens of each row whose logits exist at once; None = all of the row's.
+
+    rows is a microbatch's, over all of `devices`. A chunk that does not divide the row is lowered to the next that
+    does.
+    """
+    if config.chunk == "none":
+        return None
+    chunk = max(AUTO_LOGITS_BYTES * devices // (4 * rows * vocab_size), 1) if config.chunk == "auto" else config.chunk
+    if chunk >= length:
+        return None
+    return next(size for size in range(chunk, 0, -1) if length % size == 0)
+
+
+def head_loss(
+    head: Params,
+    x: jax.Array,
+    batch: Batch,
+    cfg: ModelConfig,
+    runtime: Runtime,
+    *,
+    z_weight: float,
+    chunk: int | None,
+) -> tuple[jax.Array, Sums]:
+    """Sum of cross-entropy and weighted z over hidden states x [B, T, D], and the sums behind it.
+
+    With `chunk`, logits of so many tokens a row exist at once, and the gradient is taken chunk by chunk during the
+    forward pass, so nothing is computed twice.
+    """
+
+    def part(head: Params, x: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, Sums]:
+        sums = token_sums(unembed(head, cfg, x, runtime), targets, weights)
+        return sums.nll + z_weight * sums.z, sums
+
+    if chunk is None:
+        return part(head, x, batch["targets"], batch["weights"])
+    return _chunked(part, chunk, head, x, batch["targets"], batch["weights"])
+
+
+def _chunked(
+    part: Any, chunk: int, head: Params, x: jax.Array, targets: jax.Array, weights: jax.Array
+) -> tuple[jax.Array, Sums]:
+    """`part` summed over chunks of time; its gradient is computed along with its value when it will be needed."""
+
+    def split(a: jax.Array) -> jax.Array:
+        return jnp.moveaxis(a.reshape(a.shape[0], -1, chunk, *a.shape[2:]), 1, 0)
+
+    def join(a: jax.Array) -> jax.Array:
+        return jnp.moveaxis(a, 0, 1).reshape(x.shape)
+
+    def add(total: Any, new: Any) -> Any:
+        return jax.tree.map(jnp.add, total, new)
+
+    @jax.custom_vjp
+    def total(head: Params, x: jax.Array) -> tuple[jax.Array, Sums]:
+        pieces = (split(x), split(targets), split(weights))
+        values = jax.lax.map(lambda piece: part(head, *piece), pieces)
+        return jax.tree.map(lambda a: a.sum(axis=0), values)
+
+    def forward(head: Params, x: jax.Array) -> tuple[tuple[jax.Array, Sums], tuple[Params, jax.Array]]:
+        def step(carry: Any, piece: Any) -> tuple[Any, jax.Array]:
+            x, targets, weights = piece
+            value, pull, sums = jax.vjp(lambda h, x: part(h, x, targets, weights), head, x, has_aux=True)
+            d_head, d_x = pull(jnp.ones((), value.dtype))
+            return add(carry, ((value, sums), d_head)), d_x
+
+        zeros = jax.tree.map(
+            lambda s: jnp.zeros(s.shape, s.dtype), (jax.eval_shape(total, head, x), jax.eval_shape(lambda h: h, head))
+        )
+        (values, d_head), d_x = jax.lax.scan(step, zeros, (split(x), split(targets), split(weights)))
+        return values, (d_head, join(d_x))
+
+    def backward(gradients: tuple[Params, jax.Array], cotangent: tuple[jax.Array, Sums]) -> tuple[Params, jax.Array]:
+        scale = cotangent[0]
+        return jax.tree.map(lambda g: (g.astype(jnp.float32) * scale).astype(g.dtype), gradients)
+
+    total.defvjp(forward, backward)
+    return total(head, x)

@@ -1,0 +1,83 @@
+"""One update, and one evaluation, as pure functions of state and batch.
+
+B batch, A microbatches, T time
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxformers.models.params import Params
+from jaxformers.train.losses import Batch, Sums, Totals
+from jaxformers.train.optim import clip_scale
+from jaxformers.train.state import TrainState
+
+Metrics = dict[str, jax.Array]
+Loss = Callable[[Params, Batch, Totals], tuple[jax.Array, Sums]]
+
+
+def split_microbatches(batch: Batch, count: int) -> dict[str, jax.Array]:
+    """[B, ...] -> [A, B / A, ...], interleaved: row i goes to microbatch i mod A, so every device keeps its rows."""
+    return {name: a.reshape(-1, count, *a.shape[1:]).swapaxes(0, 1) for name, a in batch.items()}
+
+
+def value_and_gradient(
+    loss: Loss, params: Params, batch: Batch, *, accumulation: int
+) -> tuple[jax.Array, Sums, Params]:
+    """Loss, sums and gradient of a whole batch, computed in `accumulation` microbatches: equal to one, up to
+    rounding."""
+    totals = Totals.of(batch)
+    gradient = jax.value_and_grad(loss, has_aux=True)
+    if accumulation == 1:
+        (value, sums), grads = gradient(params, batch, totals)
+        return value, sums, grads
+
+    def add(carry: Any, microbatch: Batch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, carry, gradient(params, microbatch, totals)), None
+
+    microbatches = split_microbatches(batch, accumulation)
+    first = {name: a[0] for name, a in microbatches.items()}
+    shapes = jax.eval_shape(gradient, params, first, totals)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    ((value, sums), grads), _ = jax.lax.scan(add, zeros, microbatches)
+    return value, sums, grads
+
+
+def make_train_step(
+    loss: Loss,
+    tx: optax.GradientTransformation,
+    *,
+    accumulation: int = 1,
+    clip_norm: float | None = None,
+    ema_decay: float | None = None,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The function (state, batch) -> (state after one update, metrics as float32 scalars)."""
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        value, sums, grads = value_and_gradient(loss, state.params, batch, accumulation=accumulation)
+        norm = optax.global_norm(grads)
+        scale = clip_scale(norm, clip_norm)
+        grads = jax.tree.map(lambda g: g * scale, grads)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if ema is not None and ema_decay is not None:
+            ema = jax.tree.map(lambda e, p: ema_decay * e + (1 - ema_decay) * p, ema, params)
+        state = state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
+        return state, {"objective": value, "grad_norm": norm, **mean_metrics(sums, Totals.of(batch))}
+
+    return step
+
+
+def mean_metrics(sums: Sums, totals: Totals) -> Metrics:
+    """Per-target means: `loss` is the cross-entropy in nats, `accuracy` the share of targets that were likeliest."""
+    metrics = {"loss": sums.nll / totals.weight, "accuracy": sums.correct / totals.weight, "targets": sums.weight}
+    if sums.load is not None:
+        # The busiest expert's load relative to an even one: 1 is perfect balance.
+        metrics["expert_load_max"] = sums.load.max() / jnp.maximum(sums.load.mean(), 1e-9)
+    return metrics
