@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import itertools
 import json
 import os
 import resource
@@ -184,6 +185,47 @@ def test_weights_of_an_earlier_layout_are_gone_after_a_write(tmp_path):
 
 
 # A write that fails
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+@pytest.mark.parametrize("before, after", [*itertools.product((16, 48, 10**6), repeat=2)])
+def test_a_process_killed_while_files_change_places_never_leaves_a_mixture(tmp_path, monkeypatch, before, after):
+    old, new = ({f"t{i}": np.full(4, fill, np.float32) for i in range(5)} for fill in (1, 2))
+    for survived in itertools.count():
+        directory = tmp_path / str(survived)
+        write_tensors(directory, old, max_shard_bytes=before)
+        steps = iter([False] * survived + [True])
+
+        def killable(step, steps=steps):
+            def wrapped(*args, **kwargs):
+                if not str(args[0]).startswith(str(tmp_path)) or not next(steps, False):
+                    return step(*args, **kwargs)
+                raise Killed
+
+            return wrapped
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", killable(os.replace))
+            patch.setattr(Path, "unlink", killable(Path.unlink))
+            try:
+                write_tensors(directory, new, max_shard_bytes=after)
+            except Killed:
+                assert_old_new_or_refused(directory, old, new)
+            else:
+                break
+    assert survived >= 1
+    assert_bit_equal(open_tensors(directory), new)
+
+
+def assert_old_new_or_refused(directory, old, new):
+    try:
+        found = open_tensors(directory)
+    except ValueError:
+        return
+    assert_bit_equal(found, old if found["t0"][0] == 1 else new)
 
 
 def test_a_file_system_that_refuses_bytes_leaves_the_previous_model_and_nothing_else(tmp_path):
