@@ -82,6 +82,8 @@ def cache_root(config: DataConfig) -> Path:
 def open_cache(config: DataConfig, tokenizer: Tokenizer, *, progress: Progress | None = None) -> TokenCache:
     """The tokenized corpus of a config, built first where there is none yet or where its files are damaged.
 
+    Processes that open the same corpus wait for the one that builds it; `progress` is called only there.
+
     Raises:
         ValueError: no such files, no document in them, a record that `on_bad_text: error` refuses, a tokenizer with no
             end-of-text token, a cache folder that cannot be written.
@@ -222,8 +224,13 @@ def _write_shards(
             missing.append(index)
         else:
             done(index)
-    workers = config.workers or os.cpu_count() or 1
-    shards.write_shards(partial, missing, workers=workers, tokenizer=tokenizer, done=done)
+    shards.write_shards(partial, missing, workers=config.workers or _usable_cores(), tokenizer=tokenizer, done=done)
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _refuse_bad_text(partial: Path, index: int) -> None:

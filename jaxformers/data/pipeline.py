@@ -6,6 +6,7 @@ the data is one number, the next row, so it means the same to any number of proc
 B rows in a global batch, T tokens in a row.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ class ProcessShare:
     count: int = 1
 
 
+@functools.lru_cache(maxsize=16)
 def process_share(mesh: Mesh, spec: PartitionSpec) -> ProcessShare:
     """The share of a batch that this process feeds, for batches laid out by `spec` (its first entry is the batch dim).
 
@@ -117,9 +119,9 @@ def _share_of_batch(rows: PackedRows, first: int, batch_size: int, share: Proces
     local = batch_size // share.count
     begin = first + share.index * local
     made = [rows[n] for n in range(begin, min(begin + local, len(rows)))]
-    empty = rows[0]
-    made += [{name: np.zeros_like(values) for name, values in empty.items()}] * (local - len(made))
-    return {name: np.stack([row[name] for row in made]) for name in empty}
+    if len(made) < local:
+        made += [{name: np.zeros_like(values) for name, values in rows[0].items()}] * (local - len(made))
+    return {name: np.stack([row[name] for row in made]) for name in made[0]}
 
 
 class _ValidationBatches(Sequence[Row]):

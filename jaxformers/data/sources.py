@@ -131,10 +131,13 @@ def name_of(record: BadRecord) -> str:
     if not is_jsonl(record.path):
         return f"{record.path}: {record.reason}"
     line, left = 1, record.offset
-    with open_lines(record.path) as file:
-        while left and (block := file.read(min(left, 1 << 20))):
-            line += block.count(b"\n")
-            left -= len(block)
+    try:
+        with open_lines(record.path) as file:
+            while left and (block := file.read(min(left, 1 << 20))):
+                line += block.count(b"\n")
+                left -= len(block)
+    except (OSError, *_DAMAGE):  # the file has changed since
+        return f"{record.path}: {record.reason} at byte {record.offset}"
     return f"{record.path}:{line}: {record.reason}"
 
 
@@ -148,7 +151,6 @@ def open_lines(path: str) -> BinaryIO:
 
 
 def _read_lines(piece: Piece, text_field: str) -> Iterator[Document | BadRecord]:
-    damage = (EOFError, zlib.error, gzip.BadGzipFile, _ZstdDamage)
     with open_lines(piece.path) as file:
         offset = piece.start
         if offset:
@@ -157,7 +159,7 @@ def _read_lines(piece: Piece, text_field: str) -> Iterator[Document | BadRecord]
         while piece.stop is None or offset < piece.stop:
             try:
                 line = file.readline()
-            except damage as error:
+            except _DAMAGE as error:
                 yield BadRecord(piece.path, offset, f"damaged compressed data ({error})")
                 return
             if not line:
@@ -201,6 +203,9 @@ def _decode(path: str, offset: int, content: bytes) -> Document | BadRecord:
 
 class _ZstdDamage(Exception):
     """The bytes are not Zstandard frames, or the last frame has no end."""
+
+
+_DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, _ZstdDamage)
 
 
 class _ZstdReader(io.RawIOBase):

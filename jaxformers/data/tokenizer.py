@@ -55,7 +55,10 @@ class Tokenizer:
         self._text = _parse_tokenizer(self._files["tokenizer.json"], origin)
         self._text.no_truncation()
         self._text.no_padding()
-        _add_missing_tokens(self._text, tokens, config)
+        try:
+            _add_missing_tokens(self._text, tokens, config)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{origin}: tokenizer_config.json has a damaged added_tokens_decoder") from error
         self.bos_id = self._id_of(tokens.get("bos_token"))
         self.eos_id = self._id_of(tokens.get("eos_token"))
         self.pad_id = self._id_of(tokens.get("pad_token"))
@@ -69,7 +72,7 @@ class Tokenizer:
 
     @functools.cached_property
     def vocab_size(self) -> int:
-        return 1 + max(self._text.get_vocab(with_added_tokens=True).values())
+        return 1 + max(self._text.get_vocab(with_added_tokens=True).values(), default=-1)
 
     @functools.cached_property
     def fingerprint(self) -> str:

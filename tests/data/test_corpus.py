@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -95,6 +97,12 @@ def test_rows_end_with_the_last_epoch_and_never_without_one(config, bytes_tokeni
         finite[-1]
     endless = open_corpus(config, bytes_tokenizer).train
     assert endless[10**15]["tokens"].shape == (32,)
+
+
+def test_processes_that_tokenize_do_not_wait_for_jax_or_grain():
+    program = "import sys, jaxformers.data.corpus; print(*({'jax', 'grain', 'transformers'} & sys.modules.keys()))"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == ""
 
 
 def test_validation_rows_come_in_file_order_whatever_the_seed(config, bytes_tokenizer):

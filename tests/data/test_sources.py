@@ -119,6 +119,11 @@ def test_a_bad_line_is_named_and_the_lines_after_it_are_read(tmp_path, line, rea
     assert name_of(bad) == f"{path}:3: {reason}"
 
 
+def test_a_bad_line_of_a_file_that_has_gone_is_named_by_its_byte(tmp_path):
+    gone = BadRecord(f"{tmp_path}/gone.jsonl", 17, "not JSON")
+    assert name_of(gone) == f"{tmp_path}/gone.jsonl: not JSON at byte 17"
+
+
 def test_a_file_that_cannot_be_opened_is_one_line(tmp_path):
     with pytest.raises(ValueError, match="cannot be read: No such file"):
         list(read(Piece(str(tmp_path / "gone.txt")), text_field="text"))

@@ -226,6 +226,10 @@ def _bad_settings(path):
     return path
 
 
+def _bad_added_tokens(path):
+    return _directory(path, _word_level(), tokenizer_config={"added_tokens_decoder": {"7": "<x>"}})
+
+
 def _settings_of_another_shape(path):
     return _directory(path, _word_level(), tokenizer_config=["eos"])
 
@@ -241,6 +245,7 @@ def _settings_of_another_shape(path):
         (_not_utf8, "tokenizer.json is damaged or not a tokenizer"),
         (_other_json, "tokenizer.json is damaged or not a tokenizer"),
         (_bad_settings, "tokenizer_config.json is not JSON"),
+        (_bad_added_tokens, "tokenizer_config.json has a damaged added_tokens_decoder"),
         (_settings_of_another_shape, "tokenizer_config.json must hold a JSON object, not list"),
     ],
 )
