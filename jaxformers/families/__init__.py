@@ -31,8 +31,15 @@ def read_config(source: str | Path | Mapping[str, Any]) -> ModelConfig:
     """
     values = source if isinstance(source, Mapping) else _read_file(Path(source))
     model_type = values.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(f"model_type {model_type!r} is not known; known are {', '.join(sorted(FAMILIES))}")
+    quantization = values.get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+        raise ValueError(
+            f"{model_type} config: weights quantized by {method!r} (quantization_config) cannot be read; "
+            "use a float32, float16 or bfloat16 checkpoint"
+        )
     keys = Keys(values)
     cfg = FAMILIES[model_type].read(keys)
     keys.finish()

@@ -123,10 +123,10 @@ def llama_names(_cfg: ModelConfig) -> Names:
     return Names(LLAMA, ignored=(r"\.rotary_emb\.inv_freq$",))
 
 
-def head_dim(c: Keys) -> int:
-    """`head_dim`, or the hidden size split evenly over the heads."""
+def head_dim(c: Keys, default: int | None = None) -> int:
+    """`head_dim`, or the family's default, or the hidden size split evenly over the heads."""
     heads, width = c.integer("num_attention_heads"), c.integer("hidden_size")
-    size = c.integer("head_dim", None)
+    size = c.integer("head_dim", default, null=None)
     if size is None:
         if width % heads:
             raise c.error("hidden_size", width, f"a multiple of num_attention_heads ({heads}), or head_dim be given")
@@ -136,8 +136,8 @@ def head_dim(c: Keys) -> int:
 
 def llama_config(c: Keys, **values: Any) -> ModelConfig:
     """The keys most families spell as Llama does; `values` override or complete what they give."""
-    heads, kv_heads = c.integer("num_attention_heads"), c.integer("num_key_value_heads", None)
-    kv_heads = heads if kv_heads is None else kv_heads
+    heads = c.integer("num_attention_heads")
+    kv_heads = values.pop("num_kv_heads", None) or c.integer("num_key_value_heads", null=heads)
     if heads % kv_heads:
         raise c.error("num_key_value_heads", kv_heads, f"a divisor of num_attention_heads ({heads})")
     defaults = {
@@ -159,6 +159,14 @@ def llama_config(c: Keys, **values: Any) -> ModelConfig:
     return ModelConfig(**(defaults | values))
 
 
+def experts(c: Keys, key: str) -> dict[str, int]:
+    """`num_experts`, read from `key`, and the `top_k` of them that a token visits."""
+    count, top_k = c.integer(key), c.integer("num_experts_per_tok")
+    if top_k > count:
+        raise c.error("num_experts_per_tok", top_k, f"at most {key} ({count})")
+    return {"num_experts": count, "top_k": top_k}
+
+
 def uniform_layers(c: Keys, **kind: Any) -> tuple[LayerKind, ...]:
     """The same kind for every layer."""
     return (LayerKind(**kind),) * c.integer("num_hidden_layers")
@@ -178,45 +186,40 @@ def layer_types(c: Keys, default: Callable[[int], str]) -> list[str]:
 def rope(c: Keys, dim: int, *, layer_type: str | None = None, interleaved: bool = False, theta: float = 1e4) -> Rope:
     """Rotary settings from either spelling: `rope_parameters` (possibly one a layer type), or `rope_theta` with
     `rope_scaling`."""
-    values = dict(c.table("rope_parameters", {}))
-    if layer_type is not None and layer_type in values:
-        values = dict(values[layer_type])
-    old_theta, old_scaling = c.number("rope_theta", None), c.table("rope_scaling", None)
-    if not values:
-        values = dict(old_scaling or {})
-    base = values.pop("rope_theta", None) or (theta if old_theta is None else old_theta)
-    fraction = values.pop("partial_rotary_factor", None) or c.number("partial_rotary_factor", 1.0)
-    rotated = int(dim * fraction) // 2 * 2
-    return Rope(rotated, float(base), interleaved, rope_scaling(c, values))
+    table = c.table("rope_parameters", {})
+    if layer_type is not None and isinstance(table.get(layer_type), Mapping):
+        table = table[layer_type]
+    old = c.table("rope_scaling", {})
+    if old and any(old.get(key) != value for key, value in table.items() if key != "rope_theta"):
+        raise c.error("rope_scaling", dict(old), "absent beside rope_parameters that say something else")
+    old_theta, old_fraction = c.number("rope_theta", None), c.number("partial_rotary_factor", None)
+    values = Keys({**old, **table, "model_type": f"{c.model_type} rope"})
+    base = values.number("rope_theta", theta if old_theta is None else old_theta)
+    fraction = values.number("partial_rotary_factor", 1.0 if old_fraction is None else old_fraction)
+    scaling = rope_scaling(values, c.integer("max_position_embeddings"))
+    values.finish()
+    return Rope(int(dim * fraction) // 2 * 2, base, interleaved, scaling)
 
 
-def rope_scaling(c: Keys, values: dict[str, Any]) -> RopeScaling | None:
-    """The scaling that `rope_type` (or the older `type`) names. Unknown kinds and unread keys are refused."""
-    values = {k: v for k, v in values.items() if v is not None}
-    kind = values.pop("rope_type", values.pop("type", "default"))
-    values.pop("type", None)
-    context = c.integer("max_position_embeddings")
-    original = values.pop("original_max_position_embeddings", context)
-    try:
-        match kind:
-            case "default":
-                scaling: RopeScaling | None = None
-            case "linear":
-                scaling = LinearScaling(float(values.pop("factor")))
-            case "dynamic":
-                scaling = DynamicScaling(float(values.pop("factor")), context)
-            case "llama3":
-                low, high = float(values.pop("low_freq_factor")), float(values.pop("high_freq_factor"))
-                scaling = Llama3Scaling(float(values.pop("factor")), original, low, high)
-            case "yarn":
-                scaling = _yarn(values, original)
-            case _:
-                raise c.error("rope_type", kind, "one of default, dynamic, linear, llama3, yarn")
-    except KeyError as missing:
-        raise ValueError(f"{c.model_type} config: rope scaling {kind!r} needs the key {missing}") from None
-    if values:
-        raise ValueError(f"{c.model_type} config: rope scaling {kind!r} has unknown keys {sorted(values)}")
-    return scaling
+def rope_scaling(c: Keys, context: int) -> RopeScaling | None:
+    """The scaling that `rope_type` (or the older `type`) names. `context` is `max_position_embeddings`."""
+    kind, original = (
+        c.text("rope_type", c.text("type", "default")),
+        c.integer("original_max_position_embeddings", context),
+    )
+    match kind:
+        case "default":
+            return None
+        case "linear":
+            return LinearScaling(c.number("factor"))
+        case "dynamic":
+            return DynamicScaling(c.number("factor"), context)
+        case "llama3":
+            low, high = c.number("low_freq_factor"), c.number("high_freq_factor")
+            return Llama3Scaling(c.number("factor"), original, low, high)
+        case "yarn":
+            return _yarn(c, original)
+    raise c.error("rope_type", kind, "one of default, dynamic, linear, llama3, yarn")
 
 
 def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
@@ -224,11 +227,17 @@ def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def _yarn(values: dict[str, Any], original: int) -> YarnScaling:
-    factor, attention = float(values.pop("factor")), values.pop("attention_factor", None)
-    mscale, mscale_all = values.pop("mscale", None), values.pop("mscale_all_dim", None)
-    if attention is None:
-        both = mscale and mscale_all
-        attention = yarn_mscale(factor, mscale) / yarn_mscale(factor, mscale_all) if both else yarn_mscale(factor)
-    fast, slow = float(values.pop("beta_fast", 32.0)), float(values.pop("beta_slow", 1.0))
-    return YarnScaling(factor, original, float(attention), fast, slow, bool(values.pop("truncate", True)))
+def _yarn(c: Keys, original: int) -> YarnScaling:
+    factor, mscale, mscale_all = c.number("factor"), c.number("mscale", None), c.number("mscale_all_dim", None)
+    if mscale and mscale_all:
+        grown = yarn_mscale(factor, mscale) / yarn_mscale(factor, mscale_all)
+    else:
+        grown = yarn_mscale(factor)
+    return YarnScaling(
+        factor,
+        original,
+        attention_factor=c.number("attention_factor", grown),
+        beta_fast=c.number("beta_fast", 32.0),
+        beta_slow=c.number("beta_slow", 1.0),
+        truncate=c.flag("truncate", True),
+    )

@@ -1,6 +1,17 @@
 """DeepSeek-V3: latent attention, sigmoid routing limited to groups of experts, a bias that only selects."""
 
-from jaxformers.families.common import ATTN, EXPERTS, LLAMA, Family, Names, Source, llama_config, rope, yarn_mscale
+from jaxformers.families.common import (
+    ATTN,
+    EXPERTS,
+    LLAMA,
+    Family,
+    Names,
+    Source,
+    experts,
+    llama_config,
+    rope,
+    yarn_mscale,
+)
 from jaxformers.families.keys import Keys
 from jaxformers.models.config import MLA, LayerKind, ModelConfig, MoE, YarnScaling
 
@@ -14,7 +25,7 @@ def read_deepseek_v3(c: Keys) -> ModelConfig:
     ):
         c.expect(key, only)
     mla = MLA(
-        q_rank=c.integer("q_lora_rank", None),
+        q_rank=c.integer("q_lora_rank", null=None),
         kv_rank=c.integer("kv_lora_rank"),
         nope_dim=c.integer("qk_nope_head_dim"),
         rope_dim=c.integer("qk_rope_head_dim"),
@@ -24,7 +35,7 @@ def read_deepseek_v3(c: Keys) -> ModelConfig:
     c.expect("head_dim", mla.rope_dim)
     c.expect("qk_head_dim", mla.nope_dim + mla.rope_dim)
     turn = rope(c, mla.rope_dim, interleaved=c.flag("rope_interleave", True))
-    first = c.integer("first_k_dense_replace")
+    first = c.integer("first_k_dense_replace", minimum=0)
     layers = tuple(
         LayerKind(mixer="mla", ffn="dense" if i < first else "moe", rope=turn)
         for i in range(c.integer("num_hidden_layers"))
@@ -40,20 +51,30 @@ def read_deepseek_v3(c: Keys) -> ModelConfig:
 
 
 def _moe(c: Keys) -> MoE:
-    width = c.integer("moe_intermediate_size")
+    width, groups = c.integer("moe_intermediate_size"), _groups(c)
     return MoE(
-        num_experts=c.integer("n_routed_experts"),
-        top_k=c.integer("num_experts_per_tok"),
+        **experts(c, "n_routed_experts"),
+        **groups,
         d_ff=width,
         score="sigmoid",
         normalize=c.flag("norm_topk_prob", True),
-        scale=c.number("routed_scaling_factor", 1.0),
+        scale=c.number("routed_scaling_factor"),
         select_bias=True,
-        groups=c.integer("n_group"),
-        top_groups=c.integer("topk_group"),
         group_score="top2",
-        shared_d_ff=width * c.integer("n_shared_experts", 0),
+        shared_d_ff=width * c.integer("n_shared_experts", null=0, minimum=0),
     )
+
+
+def _groups(c: Keys) -> dict[str, int]:
+    count, groups, best = c.integer("n_routed_experts"), c.integer("n_group"), c.integer("topk_group")
+    # A group's score is the sum of its two best experts'.
+    if count % groups or (groups > 1 and count // groups < 2):
+        raise c.error("n_group", groups, f"1, or groups of 2 or more that split n_routed_experts ({count}) evenly")
+    if best > groups:
+        raise c.error("topk_group", best, f"at most n_group ({groups})")
+    if c.integer("num_experts_per_tok") > count // groups * best:
+        raise c.error("topk_group", best, f"enough groups for num_experts_per_tok of {count // groups} experts each")
+    return {"groups": groups, "top_groups": best}
 
 
 def _scale(c: Keys, mla: MLA, scaling: object) -> float:

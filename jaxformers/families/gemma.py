@@ -36,18 +36,21 @@ def _gemma(c: Keys, **values: Any) -> ModelConfig:
 
 def read_gemma2(c: Keys) -> ModelConfig:
     types = layer_types(c, lambda i: "full_attention" if i % 2 else "sliding_attention")
-    window, turn = c.integer("sliding_window", 4096), rope(c, c.integer("head_dim", 256))
+    window, turn = c.integer("sliding_window", 4096, null=None), rope(c, c.integer("head_dim", 256))
     layers = tuple(LayerKind(window=window if t == "sliding_attention" else None, rope=turn) for t in types)
-    softcaps = c.number("attn_logit_softcapping", 50.0), c.number("final_logit_softcapping", 30.0)
     return _gemma(
-        c, layers=layers, attn_softcap=softcaps[0], logit_softcap=softcaps[1], head_dim=c.integer("head_dim", 256)
+        c,
+        layers=layers,
+        head_dim=c.integer("head_dim", 256),
+        attn_softcap=c.number("attn_logit_softcapping", 50.0, null=None),
+        logit_softcap=c.number("final_logit_softcapping", 30.0, null=None),
     )
 
 
 def read_gemma3(c: Keys) -> ModelConfig:
-    pattern = c.integer("sliding_window_pattern", None) or c.integer("_sliding_window_pattern", 6)
+    pattern = c.integer("sliding_window_pattern", c.integer("_sliding_window_pattern", 6))
     types = layer_types(c, lambda i: "sliding_attention" if (i + 1) % pattern else "full_attention")
-    dim, window = c.integer("head_dim", 256), c.integer("sliding_window", 4096)
+    dim, window = c.integer("head_dim", 256), c.integer("sliding_window", 4096, null=None)
     kinds = {
         "sliding_attention": LayerKind(window=window, rope=_local_rope(c, dim)),
         "full_attention": LayerKind(rope=rope(c, dim, layer_type="full_attention", theta=1e6)),

@@ -9,6 +9,7 @@ from jaxformers.families.common import (
     Family,
     Names,
     Source,
+    experts,
     head_dim,
     layer_types,
     llama_config,
@@ -70,24 +71,33 @@ def gpt2_names(cfg: ModelConfig) -> Names:
 
 def read_gpt_oss(c: Keys) -> ModelConfig:
     c.expect("swiglu_alpha", 1.702)
-    window, turn = c.integer("sliding_window"), rope(c, head_dim(c), theta=150_000.0)
+    if not (c.table("rope_parameters", None) or c.table("rope_scaling", None)):
+        raise ValueError("gpt_oss config: the required key 'rope_scaling' (or 'rope_parameters') is missing")
+    window, size = c.integer("sliding_window", null=None), head_dim(c, 64)
+    turn = rope(c, size, theta=150_000.0)
     types = layer_types(c, lambda i: "full_attention" if i % 2 else "sliding_attention")
     layers = tuple(LayerKind(ffn="moe", window=window if t == "sliding_attention" else None, rope=turn) for t in types)
-    top_k = c.integer("num_experts_per_tok")
-    c.expect("experts_per_token", top_k)
     c.expect("initial_context_length", getattr(turn.scaling, "original_positions", None))
     moe = MoE(
-        num_experts=c.integer("num_local_experts"),
-        top_k=top_k,
+        **experts(c, "num_local_experts"),
         d_ff=c.integer("intermediate_size"),
         score="softmax_topk",
         router_bias=True,
         expert_bias=True,
     )
+    c.expect("experts_per_token", moe.top_k)
     bias, limit = c.flag("attention_bias", True), c.number("swiglu_limit", 7.0)
     norm_eps = c.number("rms_norm_eps", 1e-5)
     return llama_config(
-        c, layers=layers, moe=moe, norm_eps=norm_eps, qkv_bias=bias, o_bias=bias, attn_sinks=True, swiglu_limit=limit
+        c,
+        layers=layers,
+        head_dim=size,
+        moe=moe,
+        norm_eps=norm_eps,
+        qkv_bias=bias,
+        o_bias=bias,
+        attn_sinks=True,
+        swiglu_limit=limit,
     )
 
 

@@ -22,7 +22,6 @@ IRRELEVANT = frozenset(
 # Keys that change what is computed unless they hold this value.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "pretraining_tp": (1,),
-    "quantization_config": (None,),
     "add_cross_attention": (False,),
     "use_bidirectional_attention": (False, None),
     "is_decoder": (True, False),
@@ -36,7 +35,8 @@ _MISSING = object()
 class Keys:
     """One `config.json`. Each typed getter marks its key as read; `finish` refuses what nobody read.
 
-    A key that is absent or null gives the default; without a default it is an error.
+    An absent key gives the default; without a default it is an error. A null means the same as an absent key, except
+    where `null` says what it means.
     """
 
     def __init__(self, values: Mapping[str, Any]):
@@ -44,11 +44,14 @@ class Keys:
         self.model_type = values["model_type"]
         self._read: set[str] = set()
 
-    def integer(self, key: str, default: Any = _MISSING) -> int:
-        return self._typed(key, default, int, "an integer")
+    def integer(self, key: str, default: Any = _MISSING, *, null: Any = _MISSING, minimum: int = 1) -> int:
+        value = self._typed(key, default, int, "an integer", null)
+        if value is not None and value < minimum:
+            raise self.error(key, value, f"{minimum} or more")
+        return value
 
-    def number(self, key: str, default: Any = _MISSING) -> float:
-        value = self._typed(key, default, (int, float), "a number")
+    def number(self, key: str, default: Any = _MISSING, *, null: Any = _MISSING) -> float:
+        value = self._typed(key, default, (int, float), "a number", null)
         return value if value is None else float(value)
 
     def flag(self, key: str, default: Any = _MISSING) -> bool:
@@ -94,10 +97,12 @@ class Keys:
                 f"(keys read: {', '.join(sorted(self._read))})"
             )
 
-    def _typed(self, key: str, default: Any, kind: Any, described: str) -> Any:
+    def _typed(self, key: str, default: Any, kind: Any, described: str, null: Any = _MISSING) -> Any:
         self._read.add(key)
         value = self.values.get(key)
         if value is None:
+            if null is not _MISSING and key in self.values:
+                return null
             if default is _MISSING:
                 raise ValueError(f"{self.model_type} config: the required key {key!r} is missing")
             return default

@@ -5,6 +5,7 @@ from jaxformers.families.common import (
     LLAMA,
     Family,
     Names,
+    experts,
     head_dim,
     llama_config,
     llama_names,
@@ -18,20 +19,21 @@ from jaxformers.models.config import ModelConfig, MoE
 def read_llama(c: Keys) -> ModelConfig:
     bias = c.flag("attention_bias", False)
     layers = uniform_layers(c, rope=rope(c, head_dim(c)))
-    return llama_config(c, layers=layers, qkv_bias=bias, o_bias=bias, mlp_bias=c.flag("mlp_bias", False))
+    # The first Llama had no groups, and its files lack the key.
+    kv_heads = c.integer("num_key_value_heads", c.integer("num_attention_heads"))
+    mlp_bias = c.flag("mlp_bias", False)
+    return llama_config(c, layers=layers, num_kv_heads=kv_heads, qkv_bias=bias, o_bias=bias, mlp_bias=mlp_bias)
 
 
 def read_mistral(c: Keys) -> ModelConfig:
-    return llama_config(
-        c, layers=uniform_layers(c, window=c.integer("sliding_window", None), rope=rope(c, head_dim(c)))
-    )
+    window = c.integer("sliding_window", 4096, null=None)
+    return llama_config(c, layers=uniform_layers(c, window=window, rope=rope(c, head_dim(c))))
 
 
 def read_mixtral(c: Keys) -> ModelConfig:
     window = c.integer("sliding_window", None)
     layers = uniform_layers(c, ffn="moe", window=window, rope=rope(c, head_dim(c), theta=1e6))
-    experts, top_k = c.integer("num_local_experts"), c.integer("num_experts_per_tok")
-    moe = MoE(num_experts=experts, top_k=top_k, d_ff=c.integer("intermediate_size"))
+    moe = MoE(**experts(c, "num_local_experts"), d_ff=c.integer("intermediate_size"))
     return llama_config(c, layers=layers, moe=moe, norm_eps=c.number("rms_norm_eps", 1e-5))
 
 

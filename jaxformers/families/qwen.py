@@ -5,6 +5,7 @@ from jaxformers.families.common import (
     LLAMA,
     Family,
     Names,
+    experts,
     head_dim,
     layer_types,
     llama_config,
@@ -15,37 +16,39 @@ from jaxformers.families.keys import Keys
 from jaxformers.models.config import LayerKind, ModelConfig, MoE
 
 
-def _layers(c: Keys) -> tuple[LayerKind, ...]:
-    """Windows on the layers from `max_window_layers` on, and only where `use_sliding_window` says so."""
-    size = c.integer("sliding_window", None)
-    window = size if c.flag("use_sliding_window", False) else None
-    first = c.integer("max_window_layers", 28)
+def _window(c: Keys) -> int | None:
+    """Most files name a `sliding_window` that `use_sliding_window` then switches off."""
+    size = c.integer("sliding_window", 4096, null=None)
+    return size if c.flag("use_sliding_window", False) else None
+
+
+def _layers(c: Keys, head_size: int) -> tuple[LayerKind, ...]:
+    """Windows on the layers from `max_window_layers` on."""
+    window, first = _window(c), c.integer("max_window_layers", 28, minimum=0)
     types = layer_types(c, lambda i: "sliding_attention" if window and i >= first else "full_attention")
-    turn = rope(c, head_dim(c))
+    turn = rope(c, head_size)
     return tuple(LayerKind(window=window if t == "sliding_attention" else None, rope=turn) for t in types)
 
 
 def read_qwen2(c: Keys) -> ModelConfig:
-    return llama_config(c, layers=_layers(c), qkv_bias=True)
+    return llama_config(c, layers=_layers(c, head_dim(c)), qkv_bias=True)
 
 
 def read_qwen3(c: Keys) -> ModelConfig:
-    bias = c.flag("attention_bias", False)
-    return llama_config(c, layers=_layers(c), qk_norm="head", qkv_bias=bias, o_bias=bias)
+    size, bias = head_dim(c, 128), c.flag("attention_bias", False)
+    return llama_config(c, layers=_layers(c, size), head_dim=size, qk_norm="head", qkv_bias=bias, o_bias=bias)
 
 
 def read_qwen3_moe(c: Keys) -> ModelConfig:
-    experts = c.integer("num_experts", None) or c.integer("num_local_experts")
+    count = "num_experts" if c.integer("num_experts", None) else "num_local_experts"
     moe = MoE(
-        num_experts=experts,
-        top_k=c.integer("num_experts_per_tok"),
+        **experts(c, count),
         d_ff=c.integer("moe_intermediate_size"),
         normalize=c.flag("norm_topk_prob", False),
     )
     dense, step = set(c.sequence("mlp_only_layers", [])), c.integer("decoder_sparse_step", 1)
-    window = c.integer("sliding_window", None) if c.flag("use_sliding_window", False) else None
-    c.integer("sliding_window", None), c.integer("max_window_layers", None)
-    turn, bias = rope(c, head_dim(c)), c.flag("attention_bias", False)
+    c.integer("max_window_layers", None, minimum=0)  # in every file, and of no effect in this type
+    window, turn, bias = _window(c), rope(c, head_dim(c)), c.flag("attention_bias", False)
     layers = tuple(
         LayerKind(ffn="moe" if i not in dense and (i + 1) % step == 0 else "dense", window=window, rope=turn)
         for i in range(c.integer("num_hidden_layers"))
