@@ -130,8 +130,8 @@ ROWS = {
     "gemma3_text": Row(
         "gemma3_text",
         {
-            "num_hidden_layers": 7,
-            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2 + ["sliding_attention"],
+            "num_hidden_layers": 6,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
             "head_dim": 16,
             "sliding_window": 5,
             "query_pre_attn_scalar": 24,

@@ -6,6 +6,7 @@ and rematerialization are all compared with that.
 
 import copy
 import functools
+import json
 from typing import Any, NamedTuple
 
 import jax
@@ -180,8 +181,9 @@ def test_import_and_export_are_bit_equal_and_the_reference_opens_the_result(name
     for tensor, value in theirs.items():
         assert (ours[tensor].dtype, ours[tensor].shape) == (value.dtype, value.shape), tensor
         assert ours[tensor].tobytes() == value.tobytes(), tensor
+    for file in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / file).read_text()) == json.loads((c.directory / file).read_text())
     reopened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
-    assert reopened.config.to_dict() == transformers.AutoConfig.from_pretrained(c.directory).to_dict()
     ids = tokens(2, LENGTH)
     np.testing.assert_array_equal(reference_logits(reopened, ids), reference_logits(c.model, ids))
 
@@ -203,6 +205,11 @@ RUNS = [
 def test_how_a_model_is_run_changes_nothing(name, runtime):
     ids = tokens(2, LENGTH)
     truth, ours = training_pass(name)(ids), training_pass(name, RUNTIMES[runtime])(ids)
-    assert jax.tree.structure(ours) == jax.tree.structure(truth)
-    for (path, value), found in zip(jax.tree_util.tree_flatten_with_path(truth)[0], jax.tree.leaves(ours), strict=True):
-        assert_close(found, value, what=jax.tree_util.keystr(path))
+    assert_close(ours.loss, truth.loss)
+    assert_close(ours.logits, truth.logits)
+    jax.tree.map(assert_close, ours.moe, truth.moe)
+    # As tensors of the checkpoint: without a rotation a key's bias alone has no gradient but rounding errors.
+    cfg = checkpoint(name).ours.config
+    expected = export_tensors(cfg, truth.grads)
+    for tensor, gradient in export_tensors(cfg, ours.grads).items():
+        assert_close(gradient, expected[tensor], what=tensor)
