@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxformers.families import names_of
+from jaxformers.families.common import Names
 from jaxformers.hub.layout import LeafPath, Part, parts
 from jaxformers.hub.safetensors import Deferred
 from jaxformers.models.config import ModelConfig
@@ -107,9 +108,18 @@ def _check(cfg: ModelConfig, plan: list[Part], tensors: Mapping[str, np.ndarray]
         _listing("without a place in the model", extra),
         _listing("of another shape than config.json says", misshapen),
         _listing("not float64, float32, float16 or bfloat16", mistyped),
+        _listing("unlike the embedding although tie_word_embeddings is true", _untied(names, tied, tensors)),
     ]
     if any(problems):
         raise ValueError(f"the checkpoint does not fit {cfg.family}: " + "; ".join(p for p in problems if p))
+
+
+def _untied(names: Names, tied: set[str], tensors: Mapping[str, np.ndarray]) -> list[str]:
+    """The tied head where it is no copy of the embedding: some fine-tunings train one and leave the flag as it was."""
+    embedding = names.source("embed", None).name
+    return [
+        n for n in tied if n in tensors and embedding in tensors and not np.array_equal(tensors[n], tensors[embedding])
+    ]
 
 
 def _listing(what: str, names: list[str]) -> str:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxformers.families import read_config
 from jaxformers.hub.convert import export_tensors, import_params
-from jaxformers.hub.safetensors import open_tensors, write_tensors
+from jaxformers.hub.safetensors import Deferred, open_tensors, write_tensors
 from jaxformers.models.config import ModelConfig
 from jaxformers.models.params import Params
 
@@ -45,6 +47,8 @@ def read_generation_config(directory: Path) -> dict[str, Any]:
         values = json.loads(source.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{source} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{source} holds {type(values).__name__}, not a mapping")
     return values if path.is_file() else {key: values[key] for key in TOKEN_IDS if values.get(key) is not None}
 
 
@@ -67,12 +71,21 @@ def write_pretrained(
     directory = Path(directory)
     tensors = export_tensors(cfg, params, dtype=dtype)
     write_tensors(directory, tensors, max_shard_bytes=max_shard_bytes)
-    dtypes = {tensor.dtype.name for tensor in tensors.values()}
-    values = {**cfg.source, "dtype": dtypes.pop() if len(dtypes) == 1 else "float32"}
+    values = {**cfg.source, "dtype": _main_dtype(tensors)}
     values.pop("torch_dtype", None)
     _write_json(directory / "config.json", values)
     if generation:
         _write_json(directory / "generation_config.json", generation)
+    else:
+        (directory / "generation_config.json").unlink(missing_ok=True)
+
+
+def _main_dtype(tensors: Mapping[str, Deferred]) -> str:
+    """The dtype most weights have; a few may be kept in a wider one."""
+    sizes: Counter[str] = Counter()
+    for tensor in tensors.values():
+        sizes[tensor.dtype.name] += prod(tensor.shape)
+    return sizes.most_common(1)[0][0]
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
