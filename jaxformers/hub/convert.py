@@ -85,7 +85,7 @@ def _with_prefix(tensors: Mapping[str, np.ndarray], plan: list[Part]) -> Mapping
     """The tensors under full names. Checkpoints of a bare base model leave out its name (`transformer.`, `model.`)."""
     prefix = plan[0].source.name.split(".")[0] + "."
     wanted = {part.source.name for part in plan if part.source.name.startswith(prefix)}
-    if wanted & set(tensors) or not {name.removeprefix(prefix) for name in wanted} <= set(tensors):
+    if any(name in tensors for name in wanted):
         return tensors
     return {prefix + name if prefix + name in wanted else name: tensor for name, tensor in tensors.items()}
 
@@ -117,9 +117,8 @@ def _check(cfg: ModelConfig, plan: list[Part], tensors: Mapping[str, np.ndarray]
 def _untied(names: Names, tied: set[str], tensors: Mapping[str, np.ndarray]) -> list[str]:
     """The tied head where it is no copy of the embedding: some fine-tunings train one and leave the flag as it was."""
     embedding = names.source("embed", None).name
-    return [
-        n for n in tied if n in tensors and embedding in tensors and not np.array_equal(tensors[n], tensors[embedding])
-    ]
+    both = [n for n in tied if n in tensors and embedding in tensors]
+    return [n for n in both if not np.array_equal(tensors[n], tensors[embedding])]
 
 
 def _listing(what: str, names: list[str]) -> str:
