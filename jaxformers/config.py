@@ -133,10 +133,10 @@ def _override(values: dict[str, Any], override: str) -> None:
 def explain(error: ValidationError) -> str:
     """A validation error's first complaint in one line."""
     first = error.errors(include_url=False)[0]
-    place = ".".join(str(part) for part in first["loc"])
+    place = ".".join(_keys(first["loc"]))
     match first["type"]:
         case "extra_forbidden":
-            known = sorted(_fields(first["loc"][:-1]))
+            known = sorted(_model_at(first["loc"][:-1]).model_fields)
             near = get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
             return f"unknown key {place!r}; {hint}"
@@ -147,12 +147,22 @@ def explain(error: ValidationError) -> str:
     return f"{place} is {first['input']!r}; {first['msg'][0].lower()}{first['msg'][1:]}"
 
 
-def _fields(path: tuple[int | str, ...]) -> Iterator[str]:
-    """Names of the keys allowed at a place of the config."""
+def _keys(path: tuple[int | str, ...]) -> Iterator[str]:
+    """The part of an error's location that a config file spells: behind a leaf come pydantic's own names of types."""
+    node: Any = RunConfig
+    for part in path:
+        yield str(part)
+        if not (isinstance(node, type) and issubclass(node, BaseModel) and part in node.model_fields):
+            return
+        node = node.model_fields[part].annotation
+
+
+def _model_at(path: tuple[int | str, ...]) -> type[BaseModel]:
+    """The section of the config at a path of keys."""
     node: Any = RunConfig
     for part in path:
         node = node.model_fields[part].annotation
-    yield from node.model_fields
+    return node
 
 
 def dump_yaml(config: RunConfig) -> str:

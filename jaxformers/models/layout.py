@@ -9,20 +9,40 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxformers.models.config import ModelConfig, plan_stacks
-from jaxformers.models.params import Params
+from jaxformers.models.params import Params, layer_spec, model_spec
 from jaxformers.models.weights import concat_outputs
 
 
 def unstack(params: Params, cfg: ModelConfig) -> Params:
     """The tree with `blocks`, one dict a layer in order, in place of stacked `layers`."""
     blocks: list[Params] = [{}] * cfg.num_layers
-    for stack, patterns in zip(plan_stacks(cfg.layers), params["layers"], strict=True):
+    for run, patterns in zip(plan_stacks(cfg.layers), params["layers"], strict=True):
         for position, stacked in enumerate(patterns):
-            for repeat in range(stack.repeats):
-                blocks[stack.layer(position, repeat)] = jax.tree.map(lambda a, r=repeat: a[r], stacked)
+            for repeat in range(run.repeats):
+                blocks[run.layer(position, repeat)] = jax.tree.map(lambda a, r=repeat: a[r], stacked)
     return {name: leaf for name, leaf in params.items() if name != "layers"} | {"blocks": blocks}
+
+
+def block_spec(cfg: ModelConfig) -> Params:
+    """`model_spec` of the tree that `unstack` makes."""
+    shared = {name: leaf for name, leaf in model_spec(cfg).items() if name != "layers"}
+    return shared | {"blocks": [layer_spec(cfg, kind) for kind in cfg.layers]}
+
+
+def stack(params: Params, cfg: ModelConfig) -> Params:
+    """The plain tree again: the inverse of `unstack`."""
+    blocks = params["blocks"]
+    layers = [
+        [
+            jax.tree.map(lambda *a: jnp.stack(a), *(blocks[run.layer(j, repeat)] for repeat in range(run.repeats)))
+            for j in range(len(run.pattern))
+        ]
+        for run in plan_stacks(cfg.layers)
+    ]
+    return {name: leaf for name, leaf in params.items() if name != "blocks"} | {"layers": layers}
 
 
 def fuse_layer(p: Params) -> Params:

@@ -1,32 +1,146 @@
-"""From settings to the functions of a run: the runtime on a mesh, the loss, the optimizer and the compiled step."""
+"""From settings to the compiled functions of a run: states in, programs out.
+
+While it runs, a state's parameters may lie one buffer a layer (`models.layout.unstack`), which is what a step runs
+fastest from on CPU; whatever leaves a run (checkpoints, exports, users' models) is the plain tree again.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh
 
 from jaxformers.models.config import ModelConfig
+from jaxformers.models.layout import block_spec, stack, unstack
+from jaxformers.models.params import Params, flops_per_token, init_params, model_spec
 from jaxformers.models.runtime import Runtime
+from jaxformers.parallel.hardware import peak_flops
 from jaxformers.parallel.mesh import gatherer, sharder
-from jaxformers.train.config import RuntimeConfig
+from jaxformers.train.config import LossConfig, OptimizerConfig, RuntimeConfig, ScheduleConfig, TrainConfig
+from jaxformers.train.loop import Program
+from jaxformers.train.losses import chunk_length, eval_sums, lm_loss
+from jaxformers.train.optim import make_optimizer
+from jaxformers.train.schedules import make_schedule
+from jaxformers.train.state import TrainState, abstract_state, map_params, new_state, state_shardings
+from jaxformers.train.step import make_train_step
 
 UNROLLED_LAYERS = 32  # deeper models compile too long when every layer is its own code
 
 
 def make_runtime(config: RuntimeConfig, cfg: ModelConfig, mesh: Mesh) -> Runtime:
-    """The runtime of a training step on this mesh.
-
-    On CPU, layers are unrolled (scanned weights are copied every step) and, on one device, projections are fused.
-    """
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    """The runtime of a training step on this mesh. On CPU, layers are unrolled: scanned weights are copied every
+    step."""
     layers = config.layers
     if layers == "auto":
+        on_cpu = mesh.devices.flat[0].platform == "cpu"
         layers = "unroll" if on_cpu and cfg.num_layers <= UNROLLED_LAYERS else "scan"
     return Runtime(
-        dtype=jnp.dtype(config.dtype),
-        remat=config.remat,
-        layers=layers,
-        fuse=on_cpu and mesh.size == 1,
-        shard=sharder(mesh),
-        gather=gatherer(mesh),
+        dtype=jnp.dtype(config.dtype), remat=config.remat, layers=layers, shard=sharder(mesh), gather=gatherer(mesh)
     )
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """One model's training on one mesh: rows of `sequence_length` tokens, settings as the config file names them."""
+
+    cfg: ModelConfig
+    mesh: Mesh
+    sequence_length: int
+    train: TrainConfig = TrainConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    loss: LossConfig = LossConfig()
+
+    @cached_property
+    def tx(self) -> optax.GradientTransformation:
+        schedule = make_schedule(self.schedule, peak=self.optimizer.learning_rate, steps=self.train.steps)
+        return make_optimizer(self.optimizer, schedule, self._spec)
+
+    @cached_property
+    def _runtime(self) -> Runtime:
+        return make_runtime(self.runtime, self.cfg, self.mesh)
+
+    @cached_property
+    def _spec(self) -> Params:
+        return block_spec(self.cfg) if self._unrolled else model_spec(self.cfg)
+
+    @property
+    def _unrolled(self) -> bool:
+        return self._runtime.layers == "unroll"
+
+    @property
+    def _ema(self) -> bool:
+        return self.train.ema_decay is not None
+
+    @cached_property
+    def plain_state(self) -> TrainState:
+        """Shapes and shardings of the state in the form that checkpoints hold."""
+        schedule = make_schedule(self.schedule, peak=self.optimizer.learning_rate, steps=self.train.steps)
+        spec = model_spec(self.cfg)
+        return abstract_state(spec, make_optimizer(self.optimizer, schedule, spec), self.mesh, ema=self._ema)
+
+    @cached_property
+    def _places(self) -> TrainState:
+        return state_shardings(abstract_state(self._spec, self.tx, self.mesh, ema=self._ema))
+
+    def init(self, seed: int) -> TrainState:
+        """A fresh state with random parameters; every device makes only its own part."""
+
+        def make(key: jax.Array) -> TrainState:
+            init_key, run_key = jax.random.split(key)
+            return new_state(self._inward(init_params(self.cfg, init_key)), self.tx, run_key, ema=self._ema)
+
+        return jax.jit(make, out_shardings=self._places)(jax.random.key(seed))
+
+    def from_params(self, params: Params, seed: int) -> TrainState:
+        """A fresh state around float32 parameters given as the plain tree, which are used up."""
+
+        def make(params: Params, key: jax.Array) -> TrainState:
+            return new_state(self._inward(params), self.tx, key, ema=self._ema)
+
+        return jax.jit(make, out_shardings=self._places, donate_argnums=0)(params, jax.random.key(seed))
+
+    def from_plain(self, state: TrainState) -> TrainState:
+        """The state to run from, of one in the form that checkpoints hold, which is used up."""
+        if not self._unrolled:
+            return state
+        return jax.jit(partial(map_params, self._inward), out_shardings=self._places, donate_argnums=0)(state)
+
+    def to_plain(self, state: TrainState) -> TrainState:
+        """The form that checkpoints hold, of a state to run from, which stays."""
+        if not self._unrolled:
+            return state
+        outward = partial(map_params, partial(stack, cfg=self.cfg))
+        return jax.jit(outward, out_shardings=state_shardings(self.plain_state))(state)
+
+    def _inward(self, params: Params) -> Params:
+        return unstack(params, self.cfg) if self._unrolled else params
+
+    @cached_property
+    def program(self) -> Program:
+        """The compiled step and evaluation, with what the loop needs to know of their cost."""
+        rows = self.train.batch_size // self.train.accumulation
+        vocab, length = self.cfg.vocab_size, self.sequence_length
+        chunk = chunk_length(self.loss, rows=rows, length=length, vocab_size=vocab, devices=self.mesh.size)
+        settings = {"cfg": self.cfg, "runtime": self._runtime, "config": self.loss, "chunk": chunk}
+        step = make_train_step(
+            partial(lm_loss, **settings),
+            self.tx,
+            accumulation=self.train.accumulation,
+            clip_norm=self.optimizer.clip_norm,
+            ema_decay=self.train.ema_decay,
+        )
+        peak = peak_flops(self.mesh.devices.flat[0], self.runtime.dtype)
+        return Program(
+            step=jax.jit(step, donate_argnums=0, out_shardings=(self._places, None)),
+            evaluate=jax.jit(partial(eval_sums, **settings)),
+            to_plain=self.to_plain,
+            tokens_per_step=self.train.batch_size * length,
+            flops_per_token=flops_per_token(self.cfg, length),
+            peak_flops=None if peak is None else peak * self.mesh.size,
+        )

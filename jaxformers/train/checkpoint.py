@@ -31,14 +31,21 @@ class CheckpointError(ValueError):
 
 
 class Checkpointer:
-    """Saves and restores one run's checkpoints. As a context manager it waits for the last save on the way out."""
+    """Saves and restores one run's checkpoints. As a context manager it waits for the last save on the way out.
 
-    def __init__(self, run_dir: str | Path, config: CheckpointConfig):
+    Without a config it only reads, and leaves alone what another process may be writing.
+    """
+
+    def __init__(self, run_dir: str | Path, config: CheckpointConfig | None = None):
         logging.getLogger("absl").setLevel(logging.ERROR)
         self.folder = Path(run_dir).absolute() / FOLDER
-        self._config = config
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=config.keep_last, keep_period=config.keep_every, cleanup_tmp_directories=True
+        self._config = config or CheckpointConfig(every_steps=None)
+        options = (
+            ocp.CheckpointManagerOptions(read_only=True)
+            if config is None
+            else ocp.CheckpointManagerOptions(
+                max_to_keep=config.keep_last, keep_period=config.keep_every, cleanup_tmp_directories=True
+            )
         )
         try:
             self._manager = ocp.CheckpointManager(self.folder, options=options)
@@ -65,7 +72,7 @@ class Checkpointer:
         minutes = self._config.every_minutes
         return by_step or (minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes)
 
-    def save(self, state: TrainState, data: Any, meta: Mapping[str, Any]) -> None:
+    def save(self, state: TrainState, data: grain.DatasetIterator, meta: Mapping[str, Any]) -> None:
         """Starts writing the state under its step number; returns once its arrays may be changed again.
 
         A step that is saved already is left alone. CheckpointError if this or an earlier background save failed.
@@ -75,7 +82,8 @@ class Checkpointer:
             return
         items = ocp_args.Composite(
             state=ocp_args.StandardSave(state),
-            data=grain.checkpoint.CheckpointSave(data),
+            # As JSON and not through Grain's own handler, whose file names depend on the number of processes.
+            data=ocp_args.JsonSave(data.get_state()),
             meta=ocp_args.JsonSave(dict(meta)),
         )
         try:
@@ -104,12 +112,12 @@ class Checkpointer:
         """The metadata saved with a step."""
         return self._restore(step, ocp_args.Composite(meta=ocp_args.JsonRestore())).meta
 
-    def restore(self, step: int, abstract: TrainState, data: Any) -> TrainState:
+    def restore(self, step: int, abstract: TrainState, data: grain.DatasetIterator) -> TrainState:
         """The state of a step in the shardings of `abstract`; `data`, an iterator, is moved to where it was then."""
-        items = ocp_args.Composite(
-            state=ocp_args.StandardRestore(abstract), data=grain.checkpoint.CheckpointRestore(data)
-        )
-        return self._restore(step, items).state
+        items = ocp_args.Composite(state=ocp_args.StandardRestore(abstract), data=ocp_args.JsonRestore())
+        restored = self._restore(step, items)
+        data.set_state(restored.data)
+        return restored.state
 
     def restore_params(self, step: int, abstract: Params, *, ema: bool = False) -> Params:
         """Only the parameters (or their moving average) of a step, in the shardings of `abstract`."""

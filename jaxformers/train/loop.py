@@ -25,14 +25,15 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 @dataclass(frozen=True)
 class Program:
-    """What a run computes. `step(state, batch)` -> (state, metrics); `evaluate(params, batch)` -> (nll sum, weight
-    sum);
-    `place(batch)` puts a host batch on the mesh. flops_per_token and peak_flops (of all devices) give MFU; None =
-    unknown."""
+    """What a run computes.
+
+    `step(state, batch)` -> (state, metrics); `evaluate(params, batch)` -> (nll sum, weight sum); `to_plain(state)`
+    -> the form that checkpoints hold. flops_per_token and peak_flops (of all devices) give MFU; None = unknown.
+    """
 
     step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
     evaluate: Callable[[Any, Any], tuple[jax.Array, jax.Array]]
-    place: Callable[[Any], Any]
+    to_plain: Callable[[TrainState], TrainState]
     tokens_per_step: int
     flops_per_token: float
     peak_flops: float | None
@@ -40,7 +41,7 @@ class Program:
 
 @dataclass
 class Result:
-    """How a run ended. `stopped` names the signal that ended it early."""
+    """How a run ended. `state` is in the form that checkpoints hold; `stopped` names the signal that ended it early."""
 
     state: TrainState
     step: int
@@ -56,6 +57,7 @@ def train(
     validation: Sequence[Any],
     config: TrainConfig,
     *,
+    place: Callable[[Any], Any],
     checkpointer: Checkpointer,
     meta: dict[str, Any],
     trackers: Trackers,
@@ -63,45 +65,48 @@ def train(
 ) -> Result:
     """Takes steps until `config.steps`, a stop signal, or the end of the data; saves the last state either way.
 
-    On SIGTERM or SIGINT the step in progress is finished and saved. CheckpointError if a save fails.
+    `place` puts a host batch on the mesh. On SIGTERM or SIGINT the step in progress is finished and saved.
+    CheckpointError if a save fails.
     """
-    result = Result(state, int(state.step))
-    reporter = Reporter(program, config.steps, trackers, display)
+    step = int(state.step)
+    validation_metrics: dict[str, float] = {}
+    reporter = Reporter(program, config.steps, place, trackers, display)
     with catch_stop_signals() as stop:
-        while result.step < config.steps and stop.name is None:
+        while step < config.steps and stop.name is None:
             try:
-                batch = program.place(next(batches))
+                batch = place(next(batches))
             except StopIteration:
-                display.say(f"the data ends at step {result.step}")
+                display.say(f"the data ends at step {step}")
                 break
-            result.state, metrics = program.step(result.state, batch)
-            result.step += 1
+            state, metrics = program.step(state, batch)
+            step += 1
             # The metrics of the step before have arrived by now, while this step is computed.
             reporter.report()
-            if result.step % config.log_every == 0 or result.step == config.steps:
-                reporter.pending = (result.step, metrics)
-            evaluates = bool(config.eval_every) and result.step % config.eval_every == 0 and result.step < config.steps
-            if evaluates or checkpointer.is_due(result.step):
+            if step % config.log_every == 0 or step == config.steps:
+                reporter.pending = (step, metrics)
+            evaluates = config.eval_every is not None and step % config.eval_every == 0 and step < config.steps
+            saves = checkpointer.is_due(step) and step < config.steps
+            if evaluates or saves:
                 reporter.report()
                 with reporter.paused():
                     if evaluates:
-                        result.validation = reporter.validate(result.step, result.state.params, validation)
-                    if checkpointer.is_due(result.step):
-                        checkpointer.save(result.state, batches, meta)
+                        reporter.validate(step, state.params, validation)
+                    if saves:
+                        checkpointer.save(program.to_plain(state), batches, meta)
         reporter.report()
-        result.stopped, result.metrics = stop.name, reporter.metrics
-        if result.stopped is None:
-            result.validation = reporter.validate(result.step, result.state.params, validation)
-        checkpointer.save(result.state, batches, meta)
+        if stop.name is None:
+            validation_metrics = reporter.validate(step, state.params, validation)
+        state = program.to_plain(state)
+        checkpointer.save(state, batches, meta)
         checkpointer.wait()
-    return result
+    return Result(state, step, reporter.metrics, validation_metrics, stop.name)
 
 
-def evaluate(program: Program, params: Any, batches: Sequence[Any]) -> dict[str, float]:
+def evaluate(program: Program, params: Any, batches: Sequence[Any], place: Callable[[Any], Any]) -> dict[str, float]:
     """Mean cross-entropy in nats per target over validation batches; empty where there are none."""
     nll = weight = 0.0
     for batch in batches:
-        sums = jax.device_get(program.evaluate(params, program.place(batch)))
+        sums = jax.device_get(program.evaluate(params, place(batch)))
         nll, weight = nll + float(sums[0]), weight + float(sums[1])
     return {"validation_loss": nll / weight} if weight else {}
 
@@ -110,10 +115,11 @@ class Reporter:
     """Turns what steps return into lines of metrics. A step's time spans from the line before, with pauses (evaluation,
     saving) left out; the first one includes compilation."""
 
-    def __init__(self, program: Program, steps: int, trackers: Trackers, display: Display):
+    def __init__(self, program: Program, steps: int, place: Callable[[Any], Any], trackers: Trackers, display: Display):
         self.pending: tuple[int, dict[str, jax.Array]] | None = None
         self.metrics: dict[str, Any] = {}
-        self._program, self._steps, self._trackers, self._display = program, steps, trackers, display
+        self._program, self._steps, self._place = program, steps, place
+        self._trackers, self._display = trackers, display
         self._last, self._last_step = time.perf_counter(), None
 
     def report(self) -> None:
@@ -142,7 +148,7 @@ class Reporter:
 
     def validate(self, step: int, params: Any, batches: Sequence[Any]) -> dict[str, float]:
         """Evaluates and says so; empty where there is nothing to evaluate on."""
-        validation = evaluate(self._program, params, batches)
+        validation = evaluate(self._program, params, batches, self._place)
         if validation:
             self._trackers.log(step, validation)
             self._display.say(f"step {step}: validation loss {validation['validation_loss']:.4f} nats")

@@ -89,6 +89,14 @@ def lm_loss(
     return loss, sums
 
 
+def eval_sums(
+    params: Params, batch: Batch, *, cfg: ModelConfig, runtime: Runtime, config: LossConfig, chunk: int | None
+) -> tuple[jax.Array, jax.Array]:
+    """Negative log-likelihood in nats and weight, summed over a batch."""
+    _, sums = lm_loss(params, batch, Totals.of(batch), cfg, runtime, config, chunk=chunk)
+    return sums.nll, sums.weight
+
+
 AUTO_LOGITS_BYTES = 2**30
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -10,10 +11,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from jaxformers.models.config import ModelConfig
-from jaxformers.models.params import Params, init_params, model_spec
+from jaxformers.models.params import Params
 from jaxformers.parallel.mesh import param_shardings, replicated
-from jaxformers.train.optim import opt_state_shardings
 
 
 @flax.struct.dataclass
@@ -33,14 +32,18 @@ def new_state(params: Params, tx: optax.GradientTransformation, key: jax.Array, 
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), jax.random.key_data(key), average)
 
 
-def abstract_state(cfg: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh, *, ema: bool) -> TrainState:
-    """The state's shapes, dtypes and shardings, without allocating: what a checkpoint is restored into."""
-    key = jax.random.key(0)
-    shapes = jax.eval_shape(lambda: new_state(init_params(cfg, key), tx, key, ema=ema))
-    params, whole = param_shardings(model_spec(cfg), mesh), replicated(mesh)
-    places = TrainState(
-        whole, params, opt_state_shardings(tx, shapes.opt_state, params, whole), whole, params if ema else None
+def abstract_state(spec: Params, tx: optax.GradientTransformation, mesh: Mesh, *, ema: bool) -> TrainState:
+    """The state's shapes, dtypes and shardings, without allocating: what a checkpoint is restored into.
+
+    spec is the tree of `ParamSpec`s that the parameters follow: `model_spec`'s or `block_spec`'s.
+    """
+    params = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, jnp.float32), spec)
+    shapes = jax.eval_shape(lambda p: new_state(p, tx, jax.random.key(0), ema=ema), params)
+    placed, whole = param_shardings(spec, mesh), replicated(mesh)
+    moments = optax.tree.map_params(
+        tx, lambda _, place: place, shapes.opt_state, placed, transform_non_params=lambda _: whole
     )
+    places = TrainState(whole, placed, moments, whole, placed if ema else None)
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, places)
 
 
@@ -49,21 +52,11 @@ def state_shardings(abstract: TrainState) -> TrainState:
     return jax.tree.map(lambda a: a.sharding, abstract)
 
 
-def init_state(cfg: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh, *, seed: int, ema: bool) -> TrainState:
-    """A fresh state with random parameters; every device makes only its own part."""
-    places = state_shardings(abstract_state(cfg, tx, mesh, ema=ema))
+def map_params(function: Callable[[Params], Params], state: TrainState) -> TrainState:
+    """`function` over every tree in the state that is shaped like the parameters: them, their average, their
+    moments."""
 
-    def make(key: jax.Array) -> TrainState:
-        init_key, run_key = jax.random.split(key)
-        return new_state(init_params(cfg, init_key), tx, run_key, ema=ema)
+    def is_params(node: Any) -> bool:
+        return isinstance(node, dict) and "embed" in node
 
-    return jax.jit(make, out_shardings=places)(jax.random.key(seed))
-
-
-def state_from_params(
-    params: Params, cfg: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh, *, seed: int, ema: bool
-) -> TrainState:
-    """A fresh state around given float32 parameters, already in their shardings."""
-    places = state_shardings(abstract_state(cfg, tx, mesh, ema=ema))
-    make = jax.jit(lambda p, key: new_state(p, tx, key, ema=ema), out_shardings=places, donate_argnums=0)
-    return make(params, jax.random.key(seed))
+    return jax.tree.map(lambda node: function(node) if is_params(node) else node, state, is_leaf=is_params)

@@ -1,0 +1,112 @@
+"""A model as users hold it: read from any reference, written as a Hugging Face directory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxformers.data.tokenizer import Tokenizer, load_tokenizer
+from jaxformers.families import read_config
+from jaxformers.hub.pretrained import Pretrained, read_pretrained, write_pretrained
+from jaxformers.hub.resolve import classify, resolve
+from jaxformers.models.config import ModelConfig
+from jaxformers.models.params import Params, model_spec
+from jaxformers.parallel.mesh import MeshConfig, make_mesh, param_shardings, single_device_mesh
+from jaxformers.train.checkpoint import Checkpointer
+
+DTYPES = ("float32", "bfloat16", "float16")
+TOKENIZER_FOLDER = "tokenizer"
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A model and all that goes with it.
+
+    params is the plain tree of `model_spec(config)`, placed on the mesh. dtype is what it computes in. generation is
+    its generation_config.json, empty where there is none.
+    """
+
+    config: ModelConfig
+    params: Params
+    tokenizer: Tokenizer | None
+    mesh: Mesh
+    dtype: str = "float32"
+    generation: dict[str, Any] = field(default_factory=dict)
+
+
+def load(ref: str | Path, *, mesh: Mesh | MeshConfig | None = None, dtype: str | None = None) -> Model:
+    """The model that `ref` means: a Hugging Face directory, a hub id, a run directory or one of its checkpoints.
+
+    mesh: where its parameters are placed; None = the first device. dtype: of parameters and computation; None keeps the
+    parameters as stored and computes in float32 on CPU, in bfloat16 elsewhere unless they are stored as float32.
+
+    ValueError in one line for whatever keeps it from being loaded.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not known; it is one of {', '.join(DTYPES)}")
+    path = resolve(ref)
+    kind = classify(path)
+    mesh = make_mesh(mesh) if isinstance(mesh, MeshConfig) else mesh or single_device_mesh()
+    with jax.set_mesh(mesh):
+        if kind == "huggingface":
+            found, tokenizer_path = read_pretrained(path, shardings=_placed_on(mesh), dtype=dtype), path
+        elif kind in ("run", "checkpoint"):
+            run = path if kind == "run" else path.parent.parent
+            found = _read_run(run, None if kind == "run" else int(path.name), mesh, dtype)
+            tokenizer_path = run / TOKENIZER_FOLDER
+        else:
+            raise ValueError(f"{ref} is a {kind} file, which cannot be loaded as a model; name its directory")
+    compute = dtype or _default_compute_dtype(found.params, mesh)
+    return Model(found.config, found.params, _tokenizer_at(tokenizer_path), mesh, compute, found.generation)
+
+
+def _placed_on(mesh: Mesh) -> Callable[[ModelConfig], Params]:
+    return lambda cfg: param_shardings(model_spec(cfg), mesh)
+
+
+def _default_compute_dtype(params: Params, mesh: Mesh) -> str:
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    return "float32" if on_cpu or params["embed"].dtype == np.float32 else "bfloat16"
+
+
+def _tokenizer_at(path: Path) -> Tokenizer | None:
+    """The tokenizer of a directory; None where there is none, as for weights alone."""
+    return load_tokenizer(path) if (path / "tokenizer.json").is_file() else None
+
+
+def _read_run(run: Path, step: int | None, mesh: Mesh, dtype: str | None) -> Pretrained:
+    """Config and parameters of a run's checkpoint, the newest one unless a step is named."""
+    with Checkpointer(run) as checkpoints:
+        step = checkpoints.latest_step if step is None else step
+        if step is None:
+            raise ValueError(f"{run} has no checkpoint yet")
+        meta = checkpoints.meta(step)
+        cfg = read_config(meta["model"])
+        abstract = jax.tree.map(
+            lambda spec, place: jax.ShapeDtypeStruct(spec.shape, dtype or np.float32, sharding=place),
+            model_spec(cfg),
+            param_shardings(model_spec(cfg), mesh),
+        )
+        return Pretrained(cfg, checkpoints.restore_params(step, abstract), meta.get("generation", {}))
+
+
+def save_pretrained(
+    model: Model, directory: str | Path, *, dtype: str | None = None, max_shard_bytes: int = 5_000_000_000
+) -> None:
+    """Writes a Hugging Face directory that `transformers` opens: weights, config, generation config, tokenizer.
+
+    dtype: of the written weights; None keeps the parameters' own.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not known; it is one of {', '.join(DTYPES)}")
+    if model.tokenizer is not None:
+        model.tokenizer.save(Path(directory))
+    write_pretrained(
+        directory, model.config, model.params, generation=model.generation, dtype=dtype, max_shard_bytes=max_shard_bytes
+    )

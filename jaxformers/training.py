@@ -1,0 +1,284 @@
+"""A training run from its config: opens or resumes the run directory, builds the pieces, and hands them to the loop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from rich.console import Console
+from rich.progress import Progress
+
+from jaxformers.api import TOKENIZER_FOLDER, Model, load
+from jaxformers.config import RunConfig, dump_yaml, load_config
+from jaxformers.data.corpus import Corpus, CorpusReport, build_tokenizer, open_corpus
+from jaxformers.data.pipeline import process_share, to_global, train_iterator, validation_batches
+from jaxformers.data.tokenizer import Tokenizer, check_vocabulary
+from jaxformers.families import read_config
+from jaxformers.generation import generate
+from jaxformers.models.config import ModelConfig
+from jaxformers.models.params import count_params, flops_per_token
+from jaxformers.parallel.mesh import batch_sharding, batch_shards, make_mesh
+from jaxformers.train.build import Trainer
+from jaxformers.train.checkpoint import Checkpointer
+from jaxformers.train.loop import Result, train
+from jaxformers.train.monitor import Display, MetricsFile, TensorBoard, Trackers
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """How a run ended: the step it reached, the last metrics, the last evaluation, texts it continues its sample
+    prompts with, and the signal that stopped it early, if one did. `model` holds the trained parameters."""
+
+    run_dir: Path
+    model: Model
+    step: int
+    metrics: dict[str, Any]
+    validation: dict[str, float]
+    samples: tuple[str, ...] = ()
+    stopped: str | None = None
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run's parts as far as they need no data: what `--dry-run` checks and shows."""
+
+    config: RunConfig
+    trainer: Trainer
+    pretrained: Model | None = None
+
+    @property
+    def cfg(self) -> ModelConfig:
+        return self.trainer.cfg
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.trainer.mesh
+
+
+def prepare_run(config: RunConfig) -> Setup:
+    """Checks a config against itself and the devices. ValueError for a combination that cannot run."""
+    pretrained = None
+    mesh = make_mesh(config.mesh)
+    if isinstance(config.model, str):
+        pretrained = load(config.model, mesh=mesh, dtype="float32")
+        cfg = pretrained.config
+    else:
+        cfg = read_config(config.model)
+    _check_shapes(config, cfg, mesh)
+    trainer = Trainer(
+        cfg,
+        mesh,
+        config.data.sequence_length,
+        train=config.train,
+        runtime=config.runtime,
+        optimizer=config.optimizer,
+        schedule=config.schedule,
+        loss=config.loss,
+    )
+    assert trainer.tx  # refuses a schedule that does not fit the run
+    return Setup(config, trainer, pretrained)
+
+
+def _check_shapes(config: RunConfig, cfg: ModelConfig, mesh: Mesh) -> None:
+    rows, shards = config.train.batch_size // config.train.accumulation, batch_shards(mesh.shape)
+    if rows % shards:
+        raise ValueError(
+            f"train: a microbatch of {rows} rows (batch_size {config.train.batch_size} / accumulation "
+            f"{config.train.accumulation}) cannot be split over {shards} devices; make it a multiple of {shards}"
+        )
+    if config.data.sequence_length > cfg.context_length:
+        raise ValueError(
+            f"data.sequence_length is {config.data.sequence_length}, but the model's context is {cfg.context_length}"
+        )
+
+
+def describe_setup(setup: Setup) -> dict[str, str]:
+    """What a run will need, for people: parameters, memory a device, tokens."""
+    config, cfg = setup.config, setup.cfg
+    state = setup.trainer.plain_state
+    weights, total = _bytes_per_device(state.params) / 2**30, _bytes_per_device(state) / 2**30
+    per_step = config.train.batch_size * config.data.sequence_length
+    tokens = config.train.steps * per_step
+    sizes = ", ".join(f"{axis}={size}" for axis, size in setup.mesh.shape.items() if size > 1)
+    count, active = count_params(cfg), count_params(cfg, active=True)
+    flops = tokens * flops_per_token(cfg, config.data.sequence_length)
+    return {
+        "model": cfg.family,
+        "parameters": f"{count:,}" + (f" ({active:,} active)" if active != count else ""),
+        "devices": f"{setup.mesh.size} ({sizes or 'one'})",
+        "memory per device": f"{total:.2f} GiB of state + {weights:.2f} GiB of gradients, plus activations",
+        "steps": f"{config.train.steps:,} of {per_step:,} tokens, {tokens:,} in all",
+        "compute": f"{flops:.2e} FLOPs in {config.runtime.dtype}",
+    }
+
+
+def _bytes_per_device(tree: Any) -> int:
+    return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree))
+
+
+def fit(
+    config: RunConfig | str | Path | Mapping[str, Any], overrides: Sequence[str] = (), *, console: Console | None = None
+) -> FitResult:
+    """Runs (or resumes) the training run of a config: a file, a mapping, or a RunConfig.
+
+    overrides are of the form `train.steps=100`. ValueError in one line for a config, data or run directory that
+    cannot be used; nothing is lost then.
+    """
+    if not isinstance(config, RunConfig):
+        config = load_config(config, overrides)
+    elif overrides:
+        config = load_config(config.model_dump(mode="json"), overrides)
+    console = console or Console(stderr=True)
+    setup = prepare_run(config)
+    run_dir = Path(config.run_dir).expanduser()
+    with ExitStack() as stack:
+        stack.enter_context(jax.set_mesh(setup.mesh))
+        checkpoints = stack.enter_context(Checkpointer(run_dir, config.checkpoint))
+        resume_step = _resume_step(config, checkpoints)
+        tokenizer = _tokenizer(setup)
+        meta = _meta(setup, tokenizer)
+        if resume_step is not None:
+            _check_same_model(checkpoints, resume_step, setup.cfg, tokenizer)
+        corpus = _open_corpus(config, tokenizer, console)
+        _say_corpus(corpus.report, console)
+        tokenizer.save(run_dir / TOKENIZER_FOLDER)
+        (run_dir / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
+        result = _run(setup, corpus, checkpoints, resume_step, meta, run_dir, console)
+    model = Model(setup.cfg, result.state.params, tokenizer, setup.mesh, config.runtime.dtype, meta["generation"])
+    samples = tuple(_samples(model, config)) if result.stopped is None else ()
+    return FitResult(run_dir, model, result.step, result.metrics, result.validation, samples, result.stopped)
+
+
+def _resume_step(config: RunConfig, checkpoints: Checkpointer) -> int | None:
+    """The step to go on from, None for a fresh start."""
+    latest, resume = checkpoints.latest_step, config.checkpoint.resume
+    if latest is not None and resume == "never":
+        raise ValueError(f"{checkpoints.folder} holds step {latest}; choose another run_dir, or checkpoint.resume=auto")
+    if latest is None and resume == "must":
+        raise ValueError(f"{checkpoints.folder} holds no checkpoint to resume from")
+    return latest
+
+
+def _tokenizer(setup: Setup) -> Tokenizer:
+    """The config's tokenizer, or the pretrained model's own where the config leaves it open."""
+    config = setup.config
+    if setup.pretrained is not None and setup.pretrained.tokenizer and "tokenizer" not in config.model_fields_set:
+        tokenizer = setup.pretrained.tokenizer
+    else:
+        tokenizer = build_tokenizer(config.tokenizer, config.data)
+    check_vocabulary(tokenizer, setup.cfg.vocab_size)
+    return tokenizer
+
+
+def _meta(setup: Setup, tokenizer: Tokenizer) -> dict[str, Any]:
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    generation = {key: value for key, value in ids.items() if value is not None}
+    if setup.pretrained is not None and setup.pretrained.generation:
+        generation = setup.pretrained.generation
+    return {
+        "model": dict(setup.cfg.source or {}),
+        "tokenizer": tokenizer.fingerprint,
+        "generation": generation,
+        "config": setup.config.model_dump(mode="json"),
+        "mesh": dict(setup.mesh.shape),
+    }
+
+
+def _check_same_model(checkpoints: Checkpointer, step: int, cfg: ModelConfig, tokenizer: Tokenizer) -> None:
+    saved = checkpoints.meta(step)
+    before = read_config(saved["model"])
+    if before != cfg:
+        names = [f.name for f in fields(cfg) if f.compare and getattr(before, f.name) != getattr(cfg, f.name)]
+        raise ValueError(
+            f"{checkpoints.folder} holds another model's checkpoint (it differs in {', '.join(names)}); "
+            "choose another run_dir"
+        )
+    if saved["tokenizer"] != tokenizer.fingerprint:
+        raise ValueError(f"{checkpoints.folder} was trained with another tokenizer; choose another run_dir")
+
+
+def _open_corpus(config: RunConfig, tokenizer: Tokenizer, console: Console) -> Corpus:
+    """The corpus, with a progress bar while it is tokenized."""
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("tokenizing", total=None, visible=False)
+        return open_corpus(
+            config.data,
+            tokenizer,
+            progress=lambda done, total: bar.update(task, completed=done, total=total, visible=True),
+        )
+
+
+def _say_corpus(report: CorpusReport, console: Console) -> None:
+    lines = [
+        f"data: {report.files:,} files, {report.train_documents:,} documents of {report.train_tokens:,} tokens, "
+        f"{report.validation_documents:,} held out ({report.validation_tokens:,} tokens), "
+        f"rows {100 * report.train_efficiency:.1f}% full"
+    ]
+    if report.skipped:
+        lines.append(f"data: skipped {report.skipped} records that are no text, the first {report.skipped_names[0]}")
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _run(
+    setup: Setup,
+    corpus: Corpus,
+    checkpoints: Checkpointer,
+    resume_step: int | None,
+    meta: dict[str, Any],
+    run_dir: Path,
+    console: Console,
+) -> Result:
+    """The loop, around a fresh or restored state."""
+    config, trainer, mesh = setup.config, setup.trainer, setup.mesh
+    spec = batch_sharding((config.train.batch_size, config.data.sequence_length), mesh).spec
+    share = process_share(mesh, spec)
+    feed = {"batch_size": config.train.batch_size, "process_index": share.index, "process_count": share.count}
+    batches = train_iterator(corpus.train, **feed)
+    validation: Sequence[Any] = ()
+    if config.train.eval_batches and len(corpus.validation):
+        validation = validation_batches(corpus.validation, max_batches=config.train.eval_batches, **feed)
+    if resume_step is not None:
+        state = trainer.from_plain(checkpoints.restore(resume_step, trainer.plain_state, batches))
+        console.print(f"resuming from step {resume_step}", highlight=False, markup=False)
+    elif setup.pretrained is not None:
+        state = trainer.from_params(setup.pretrained.params, config.seed)
+    else:
+        state = trainer.init(config.seed)
+    others = [TensorBoard(run_dir)] if config.train.tensorboard else []
+    trackers = Trackers([MetricsFile(run_dir, resume_step=resume_step or 0), *others])
+    display = Display(first_step=resume_step or 0, steps=config.train.steps, console=console)
+    try:
+        return train(
+            trainer.program,
+            state,
+            batches,
+            validation,
+            config.train,
+            place=lambda batch: to_global(batch, mesh, spec),
+            checkpointer=checkpoints,
+            meta=meta,
+            trackers=trackers,
+            display=display,
+        )
+    finally:
+        trackers.close()
+        display.close()
+
+
+def _samples(model: Model, config: RunConfig) -> list[str]:
+    if not config.sample.prompts:
+        return []
+    return generate(
+        model,
+        list(config.sample.prompts),
+        max_new_tokens=config.sample.max_new_tokens,
+        temperature=config.sample.temperature,
+        seed=config.seed,
+    )

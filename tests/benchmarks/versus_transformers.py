@@ -1,0 +1,192 @@
+"""Ours and transformers + torch, turn by turn, on the same shapes: tokens per second and their ratio.
+
+    python tests/benchmarks/versus_transformers.py train [--dtype bfloat16] [--rounds 5]
+    python tests/benchmarks/versus_transformers.py decode [--batch 8]
+    python tests/benchmarks/versus_transformers.py memory [--remat full]
+
+Every round times each arm once, so a machine that slows down slows all of them; the ratio is of medians. Llama shape: 12
+layers, d_model 768, 12 heads, 4 kv heads, d_ff 2048, vocabulary 32000, tied: 100M parameters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+SHAPE = {
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": True,
+}
+ROWS, LENGTH = 4, 256
+PROMPT, NEW = 128, 128
+
+
+def ours_train(dtype: str, remat: str) -> Callable[[], None]:
+    import jax
+    import numpy as np
+
+    from jaxformers.families import read_config
+    from jaxformers.parallel.mesh import single_device_mesh
+    from jaxformers.train.build import Trainer
+    from jaxformers.train.config import RuntimeConfig, ScheduleConfig, TrainConfig
+
+    trainer = Trainer(
+        read_config(SHAPE),
+        single_device_mesh(),
+        LENGTH,
+        train=TrainConfig(steps=10_000, batch_size=ROWS),
+        runtime=RuntimeConfig(dtype=dtype, remat=remat),
+        schedule=ScheduleConfig(warmup_steps=0),
+    )
+    tokens = np.random.default_rng(0).integers(0, SHAPE["vocab_size"], (ROWS, LENGTH + 1)).astype(np.int32)
+    batch = {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "weights": np.ones((ROWS, LENGTH), np.float32),
+        "positions": np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1)),
+        "segment_ids": np.ones((ROWS, LENGTH), np.int32),
+    }
+    batch = jax.tree.map(jax.numpy.asarray, batch)
+    state = [trainer.init(0)]
+    start = time.perf_counter()
+    compiled = trainer.program.step.lower(state[0], batch).compile()
+    print(f"ours: compiled in {time.perf_counter() - start:.1f} s")
+
+    def step() -> None:
+        state[0], metrics = compiled(state[0], batch)
+        metrics["loss"].block_until_ready()
+
+    return step
+
+
+def theirs_train(dtype: str) -> Callable[[], None]:
+    import torch
+
+    model = torch_model().train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1)
+    tokens = torch.randint(0, SHAPE["vocab_size"], (ROWS, LENGTH + 1))
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            logits = model(tokens[:, :-1]).logits
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def torch_model():
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    shape = {key: value for key, value in SHAPE.items() if key != "model_type"}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, attn_implementation="sdpa"))
+
+
+def ours_decode(batch: int) -> Callable[[], None]:
+    import jax
+    import numpy as np
+
+    import jaxformers as jf
+    from jaxformers.infer.generate import generate_tokens
+    from jaxformers.parallel.mesh import single_device_mesh
+
+    cfg = jf.read_config(SHAPE)
+    model = jf.Model(cfg, jf.init_params(cfg, jax.random.key(0)), None, single_device_mesh())
+    prompts = np.random.default_rng(0).integers(0, SHAPE["vocab_size"], (batch, PROMPT)).tolist()
+    return lambda: generate_tokens(model, prompts, max_new_tokens=NEW)
+
+
+def theirs_decode(batch: int, cache: str) -> Callable[[], None]:
+    import torch
+
+    model = torch_model().eval()
+    prompts = torch.randint(0, SHAPE["vocab_size"], (batch, PROMPT))
+    options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "cache_implementation": cache}
+    options |= {"attention_mask": torch.ones_like(prompts), "pad_token_id": 0}
+
+    def run() -> None:
+        with torch.no_grad():
+            model.generate(prompts, **options)
+
+    return run
+
+
+def compare(arms: dict[str, Callable[[], None]], tokens: int, rounds: int) -> None:
+    """Prints tokens per second of each arm (median, and the fastest round), and the ratio of the first to each other."""
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    for round_number in range(rounds + 1):
+        for name, arm in arms.items():
+            start = time.perf_counter()
+            arm()
+            if round_number:  # the first round warms up
+                seconds[name].append(time.perf_counter() - start)
+    ours = next(iter(seconds))
+    for name, values in seconds.items():
+        ratio = statistics.median(values) / statistics.median(seconds[ours])
+        best = min(values) / min(seconds[ours])
+        print(
+            f"{name:28s} {tokens / statistics.median(values):8.1f} tokens/s (best {tokens / min(values):8.1f})   "
+            f"{ours} is {ratio:.2f} x as fast (best {best:.2f} x)"
+        )
+
+
+def peak_memory(arm: str, remat: str) -> None:
+    """Peak resident memory of three steps of one arm, in a process of its own."""
+    import resource
+
+    step = ours_train("float32", remat) if arm == "ours" else theirs_train("float32")
+    for _ in range(3):
+        step()
+    print(f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("train", "decode", "memory"))
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--remat", choices=("none", "full", "dots", "projections"), default="none")
+    parser.add_argument("--batch", type=int, default=1, help="rows to decode")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--arm", choices=("ours", "theirs"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.what == "memory":
+        if options.arm:
+            return peak_memory(options.arm, options.remat)
+        for arm in ("ours", "theirs"):
+            command = [sys.executable, __file__, "memory", "--arm", arm, "--remat", options.remat]
+            shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+            print(f"{arm:8s} {shown}")
+        return None
+    import torch
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    if options.what == "train":
+        arms = {"ours": ours_train(options.dtype, options.remat), "transformers": theirs_train(options.dtype)}
+        return compare(arms, ROWS * LENGTH, options.rounds)
+    arms = {"ours": ours_decode(options.batch)}
+    for cache in ("static", "dynamic"):
+        arms[f"transformers, {cache} cache"] = theirs_decode(options.batch, cache)
+    return compare(arms, options.batch * NEW, options.rounds)
+
+
+if __name__ == "__main__":
+    main()
