@@ -1,0 +1,111 @@
+"""Layer lists are cut into runs that give the list back, and execution layouts change no number."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxformers.families import read_config
+from jaxformers.models.cache import init_cache
+from jaxformers.models.config import LayerKind, plan_stacks
+from jaxformers.models.decoder import forward, hidden_states
+from jaxformers.models.layout import prepare, unstack
+from jaxformers.models.params import init_params
+from jaxformers.models.runtime import POLICIES, Runtime
+
+FULL, LOCAL, WIDE = LayerKind(), LayerKind(window=4), LayerKind(window=8)
+TINY = {
+    "model_type": "qwen2",
+    "vocab_size": 31,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+def described(layers):
+    return [(len(stack.pattern), stack.repeats) for stack in plan_stacks(tuple(layers))]
+
+
+@pytest.mark.parametrize(
+    "layers, runs",
+    [
+        (([LOCAL] * 5 + [FULL]) * 4 + [LOCAL] * 2, [(6, 4), (1, 2)]),  # Gemma-3-1B
+        ([FULL] * 3 + [LOCAL] * 58, [(1, 3), (1, 58)]),  # DeepSeek-V3's dense and sparse layers
+        ([LOCAL, FULL] * 13, [(2, 13)]),
+        ([FULL] * 8, [(1, 8)]),
+        ([FULL], [(1, 1)]),
+        ([LOCAL, FULL, WIDE], [(1, 1)] * 3),
+        ([], []),
+    ],
+)
+def test_known_models_are_cut_as_expected(layers, runs):
+    assert described(layers) == runs
+
+
+@given(st.lists(st.sampled_from([FULL, LOCAL, WIDE]), max_size=40))
+def test_the_runs_give_the_list_back(layers):
+    stacks = plan_stacks(tuple(layers))
+    assert [kind for stack in stacks for kind in stack.pattern * stack.repeats] == layers
+    numbers = [s.layer(j, r) for s in stacks for r in range(s.repeats) for j in range(len(s.pattern))]
+    assert numbers == list(range(len(layers)))
+
+
+@given(st.lists(st.sampled_from([FULL, LOCAL]), min_size=1, max_size=4), st.integers(2, 10))
+def test_a_repeating_list_is_one_run(pattern, repeats):
+    assert len(plan_stacks(tuple(pattern * repeats))) == 1
+
+
+def tiny_model(**changes):
+    cfg = read_config(TINY | changes)
+    params = jax.tree.map(lambda a: a + 0.1, init_params(cfg, jax.random.key(0)))
+    return cfg, params
+
+
+def test_unstacking_gives_each_layer_its_own_weights():
+    cfg, params = tiny_model(use_sliding_window=True, sliding_window=4, max_window_layers=1)
+    blocks = unstack(params, cfg)["blocks"]
+    flat = [
+        jax.tree.map(lambda a, r=r: a[r], layer)
+        for stack, patterns in zip(plan_stacks(cfg.layers), params["layers"], strict=True)
+        for r in range(stack.repeats)
+        for layer in patterns
+    ]
+    jax.tree.map(np.testing.assert_array_equal, blocks, flat)
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_prepared_parameters_compute_the_same(fuse):
+    cfg, params = tiny_model()
+    tokens = jnp.arange(10, dtype=jnp.int32).reshape(2, 5)
+    prepared = prepare(params, cfg, dtype=jnp.float32, fuse=fuse)
+    assert ("qkv" in prepared["blocks"][0]["attn"]) == fuse
+    ours = hidden_states(prepared, cfg, tokens, cache=init_cache(cfg, 2, 8)).x
+    np.testing.assert_allclose(ours, hidden_states(params, cfg, tokens).x, rtol=1e-5, atol=1e-5)
+
+
+def test_prepared_parameters_have_the_dtype_asked_for():
+    cfg, params = tiny_model()
+    prepared = prepare(params, cfg, dtype=jnp.bfloat16, fuse=True)
+    assert {leaf.dtype for leaf in jax.tree.leaves(prepared)} == {jnp.dtype(jnp.bfloat16)}
+
+
+@pytest.mark.parametrize("layers", ["scan", "unroll"])
+def test_rematerialization_needs_less_memory(layers):
+    cfg, params = tiny_model(num_hidden_layers=6, hidden_size=64, intermediate_size=256)
+    tokens = jax.ShapeDtypeStruct((4, 64), jnp.int32)
+
+    def temporary_bytes(remat):
+        runtime = Runtime(layers=layers, remat=remat)
+        step = jax.grad(lambda params, tokens: forward(params, cfg, tokens, runtime=runtime).sum())
+        return jax.jit(step).lower(params, tokens).compile().memory_analysis().temp_size_in_bytes
+
+    sizes = {remat: temporary_bytes(remat) for remat in ("none", *POLICIES)}
+    assert sizes["full"] < 0.7 * sizes["none"]
+    assert sizes["full"] < sizes["projections"] < sizes["none"]
+    assert sizes["full"] < sizes["dots"] < sizes["none"]
