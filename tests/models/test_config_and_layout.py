@@ -1,5 +1,7 @@
 """Layer lists are cut into runs that give the list back, and execution layouts change no number."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,9 +14,10 @@ from jaxformers.models.cache import init_cache
 from jaxformers.models.config import LayerKind, plan_stacks
 from jaxformers.models.decoder import forward, hidden_states
 from jaxformers.models.layout import prepare, unstack
-from jaxformers.models.params import init_params
+from jaxformers.models.params import abstract_params, init_params
 from jaxformers.models.runtime import POLICIES, Runtime
 
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 FULL, LOCAL, WIDE = LayerKind(), LayerKind(window=4), LayerKind(window=8)
 TINY = {
     "model_type": "qwen2",
@@ -63,49 +66,49 @@ def test_a_repeating_list_is_one_run(pattern, repeats):
 
 def tiny_model(**changes):
     cfg = read_config(TINY | changes)
-    params = jax.tree.map(lambda a: a + 0.1, init_params(cfg, jax.random.key(0)))
-    return cfg, params
+    return cfg, jit(lambda key: jax.tree.map(lambda a: a + 0.1, init_params(cfg, key)))(jax.random.key(0))
 
 
 def test_unstacking_gives_each_layer_its_own_weights():
     cfg, params = tiny_model(use_sliding_window=True, sliding_window=4, max_window_layers=1)
-    blocks = unstack(params, cfg)["blocks"]
-    flat = [
-        jax.tree.map(lambda a, r=r: a[r], layer)
-        for stack, patterns in zip(plan_stacks(cfg.layers), params["layers"], strict=True)
-        for r in range(stack.repeats)
-        for layer in patterns
-    ]
-    jax.tree.map(np.testing.assert_array_equal, blocks, flat)
+    blocks = jit(unstack, static_argnums=1)(params, cfg)["blocks"]
+    assert len(blocks) == cfg.num_layers
+    params = jax.tree.map(np.asarray, params)
+    for stack, layers in zip(plan_stacks(cfg.layers), params["layers"], strict=True):
+        for j, r in np.ndindex(len(stack.pattern), stack.repeats):
+            expected = jax.tree.map(lambda a, r=r: a[r], layers[j])
+            jax.tree.map(np.testing.assert_array_equal, blocks[stack.layer(j, r)], expected)
 
 
 @pytest.mark.parametrize("fuse", [False, True])
 def test_prepared_parameters_compute_the_same(fuse):
     cfg, params = tiny_model()
     tokens = jnp.arange(10, dtype=jnp.int32).reshape(2, 5)
-    prepared = prepare(params, cfg, dtype=jnp.float32, fuse=fuse)
+    prepared = jit(functools.partial(prepare, cfg=cfg, dtype=jnp.float32, fuse=fuse))(params)
     assert ("qkv" in prepared["blocks"][0]["attn"]) == fuse
-    ours = hidden_states(prepared, cfg, tokens, cache=init_cache(cfg, 2, 8)).x
-    np.testing.assert_allclose(ours, hidden_states(params, cfg, tokens).x, rtol=1e-5, atol=1e-5)
+    with jax.default_matmul_precision("highest"):
+        decode = jit(lambda params: hidden_states(params, cfg, tokens, cache=init_cache(cfg, 2, 8)).x)
+        plain = jit(lambda params: hidden_states(params, cfg, tokens).x)
+        np.testing.assert_allclose(decode(prepared), plain(params), rtol=1e-5, atol=1e-5)
 
 
 def test_prepared_parameters_have_the_dtype_asked_for():
     cfg, params = tiny_model()
-    prepared = prepare(params, cfg, dtype=jnp.bfloat16, fuse=True)
+    prepared = jax.eval_shape(functools.partial(prepare, cfg=cfg, dtype=jnp.bfloat16, fuse=True), params)
     assert {leaf.dtype for leaf in jax.tree.leaves(prepared)} == {jnp.dtype(jnp.bfloat16)}
 
 
 @pytest.mark.parametrize("layers", ["scan", "unroll"])
 def test_rematerialization_needs_less_memory(layers):
-    cfg, params = tiny_model(num_hidden_layers=6, hidden_size=64, intermediate_size=256)
-    tokens = jax.ShapeDtypeStruct((4, 64), jnp.int32)
+    cfg = read_config(TINY | {"num_hidden_layers": 6, "hidden_size": 64, "intermediate_size": 256})
+    tokens = jax.ShapeDtypeStruct((4, 128), jnp.int32)
 
     def temporary_bytes(remat):
         runtime = Runtime(layers=layers, remat=remat)
-        step = jax.grad(lambda params, tokens: forward(params, cfg, tokens, runtime=runtime).sum())
-        return jax.jit(step).lower(params, tokens).compile().memory_analysis().temp_size_in_bytes
+        step = jit(jax.grad(lambda params, tokens: forward(params, cfg, tokens, runtime=runtime).sum()))
+        return step.lower(abstract_params(cfg), tokens).compile().memory_analysis().temp_size_in_bytes
 
     sizes = {remat: temporary_bytes(remat) for remat in ("none", *POLICIES)}
-    assert sizes["full"] < 0.7 * sizes["none"]
-    assert sizes["full"] < sizes["projections"] < sizes["none"]
-    assert sizes["full"] < sizes["dots"] < sizes["none"]
+    assert sizes["full"] < 0.5 * sizes["none"], sizes
+    assert sizes["full"] < sizes["projections"] < 0.7 * sizes["none"], sizes
+    assert sizes["full"] < sizes["dots"] < 0.7 * sizes["none"], sizes

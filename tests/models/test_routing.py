@@ -155,7 +155,7 @@ def test_all_tokens_may_go_to_one_expert_and_others_stay_empty():
 
 def test_gradients_reach_every_visited_expert_and_the_router():
     m = replace(PLAIN, top_k=E)
-    p, x = weights(m), inputs()
+    p, x = weights(m), jnp.asarray(inputs())
     grads = jit(jax.grad(lambda p: apply(p, x, None, m)[0].sum()))(p)
     assert all(np.abs(g).reshape(g.shape[0], -1).max(axis=1).min() > 0 for g in jax.tree.leaves(grads))
 
