@@ -68,10 +68,10 @@ class TokenCache:
     hashes: np.ndarray
 
 
-def cache_root(config: DataConfig) -> Path:
-    """Where caches live: `cache_dir`, else $JAXFORMERS_CACHE, else this system's folder for them."""
-    if config.cache_dir is not None:
-        return config.cache_dir.expanduser()
+def cache_root(cache_dir: Path | None = None) -> Path:
+    """Where caches live: the given folder, else $JAXFORMERS_CACHE, else this system's folder for them."""
+    if cache_dir is not None:
+        return cache_dir.expanduser()
     if named := os.environ.get("JAXFORMERS_CACHE"):
         return Path(named).expanduser()
     if os.name == "nt":
@@ -92,7 +92,7 @@ def open_cache(config: DataConfig, tokenizer: Tokenizer, *, progress: Progress |
         known = ", ".join(tokenizer.special_tokens) or "none"
         raise ValueError(f"the tokenizer names no end-of-text token: set tokenizer.eos_token to one of: {known}")
     files = find_files(config.paths, config.exclude)
-    directory = cache_root(config) / "corpora" / content_key(files, tokenizer.fingerprint, *_settings(config))
+    directory = cache_root(config.cache_dir) / "corpora" / content_key(files, tokenizer.fingerprint, *_settings(config))
     if _damage(directory) is not None:
         with writing_to(directory.parent), FileLock(directory.with_suffix(".lock")):
             damage = _damage(directory)  # another process may have built it while this one waited

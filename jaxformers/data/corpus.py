@@ -125,7 +125,7 @@ def build_tokenizer(config: TokenizerConfig, data: DataConfig) -> Tokenizer:
         return load_tokenizer(path, bos_token=config.bos_token, eos_token=config.eos_token, pad_token=config.pad_token)
     files = find_files(data.paths, data.exclude)
     key = content_key(files, data.text_field, config.model_dump(mode="json"))
-    directory = cache_root(data) / "tokenizers" / key
+    directory = cache_root(data.cache_dir) / "tokenizers" / key
     if not directory.is_dir():
         with writing_to(directory.parent):
             _train_into(directory, config, data, files)

@@ -57,9 +57,13 @@ class Trainer:
     loss: LossConfig = LossConfig()
 
     @cached_property
+    def learning_rate(self) -> optax.Schedule:
+        """The rate of each step. ValueError for a schedule that does not fit the run."""
+        return make_schedule(self.schedule, peak=self.optimizer.learning_rate, steps=self.train.steps)
+
+    @cached_property
     def tx(self) -> optax.GradientTransformation:
-        schedule = make_schedule(self.schedule, peak=self.optimizer.learning_rate, steps=self.train.steps)
-        return make_optimizer(self.optimizer, schedule, self._spec)
+        return make_optimizer(self.optimizer, self.learning_rate, self._spec)
 
     @cached_property
     def _runtime(self) -> Runtime:
@@ -80,9 +84,8 @@ class Trainer:
     @cached_property
     def plain_state(self) -> TrainState:
         """Shapes and shardings of the state in the form that checkpoints hold."""
-        schedule = make_schedule(self.schedule, peak=self.optimizer.learning_rate, steps=self.train.steps)
         spec = model_spec(self.cfg)
-        return abstract_state(spec, make_optimizer(self.optimizer, schedule, spec), self.mesh, ema=self._ema)
+        return abstract_state(spec, make_optimizer(self.optimizer, self.learning_rate, spec), self.mesh, ema=self._ema)
 
     @cached_property
     def _places(self) -> TrainState:
@@ -131,6 +134,7 @@ class Trainer:
         step = make_train_step(
             partial(lm_loss, **settings),
             self.tx,
+            self.learning_rate,
             accumulation=self.train.accumulation,
             clip_norm=self.optimizer.clip_norm,
             ema_decay=self.train.ema_decay,

@@ -51,12 +51,16 @@ def value_and_gradient(
 def make_train_step(
     loss: Loss,
     tx: optax.GradientTransformation,
+    schedule: optax.Schedule,
     *,
     accumulation: int = 1,
     clip_norm: float | None = None,
     ema_decay: float | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The function (state, batch) -> (state after one update, metrics as float32 scalars)."""
+    """The function (state, batch) -> (state after one update, metrics as float32 scalars).
+
+    schedule is the one `tx` follows, to be reported. grad_norm is the global norm before clipping to `clip_norm`.
+    """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         value, sums, grads = value_and_gradient(loss, state.params, batch, accumulation=accumulation)
@@ -65,12 +69,13 @@ def make_train_step(
         grads = jax.tree.map(lambda g: g * scale, grads)
         with jax.numpy_dtype_promotion("standard"):  # optax multiplies floats by its integer step
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
+            rate = jnp.asarray(schedule(state.step), jnp.float32)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
         if ema is not None and ema_decay is not None:
             ema = jax.tree.map(lambda e, p: ema_decay * e + (1 - ema_decay) * p, ema, params)
         state = state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
-        return state, {"objective": value, "grad_norm": norm, **mean_metrics(sums, Totals.of(batch))}
+        return state, {"objective": value, "grad_norm": norm, "lr": rate, **mean_metrics(sums, Totals.of(batch))}
 
     return step
 

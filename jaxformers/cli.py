@@ -1,0 +1,218 @@
+"""The `jaxformers` command: one thin function a verb.
+
+Exit status: 0 on success, 2 with one clear line for a user's mistake, 1 for a failure of ours.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="jaxformers",
+    help="Pre-train, fine-tune, evaluate and serve large language models on JAX.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Ref = Annotated[
+    str,
+    typer.Argument(
+        help="A Hugging Face directory, a hub id (ORG/NAME[@REVISION]), a run directory or one of its checkpoints."
+    ),
+]
+
+
+class Dtype(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="A YAML config, such as configs/quickstart.yaml.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it, such as train.steps=100.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the config, show what it needs, and stop.")] = False,
+) -> None:
+    """Train a model from a config; go on from the newest checkpoint where there is one."""
+    from jaxformers.config import dump_yaml, load_config
+
+    resolved = load_config(config, overrides or [])
+    from jaxformers import training
+
+    if dry_run:
+        setup = training.prepare_run(resolved)
+        print(dump_yaml(resolved), end="")
+        for name, value in training.describe_setup(setup).items():
+            print(f"# {name}: {value}")
+        return
+    result = training.fit(resolved)
+    for prompt, text in zip(resolved.sample.prompts, result.samples, strict=False):
+        print(f"--- sample\n{prompt}{text}\n---")
+    if result.stopped:
+        print(
+            f"stopped by {result.stopped} at step {result.step}; the same command goes on from there", file=sys.stderr
+        )
+    else:
+        print(f"done: {result.run_dir} holds step {result.step}", file=sys.stderr)
+
+
+@app.command()
+def generate(
+    ref: Ref,
+    prompts: Annotated[
+        list[str] | None, typer.Argument(help="Texts to continue; none: standard input is one prompt.")
+    ] = None,
+    prompts_file: Annotated[Path | None, typer.Option(help="A file with a prompt on each line.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens to add at most.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 = the likeliest token each time.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw from the likeliest tokens of this total probability.")
+    ] = None,
+    min_p: Annotated[float | None, typer.Option(help="Draw from tokens of this share of the likeliest one's.")] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Above 1: make tokens seen before less likely.")
+    ] = None,
+    presence_penalty: Annotated[float, typer.Option(help="Subtracted from logits of tokens generated before.")] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(help="Subtracted for each time a token was generated.")] = 0.0,
+    stop: Annotated[list[str] | None, typer.Option(help="A text that ends the answer; may be repeated.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same text.")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Of parameters and computation.")] = None,
+) -> None:
+    """Continue texts. One prompt is streamed as it grows; several are printed as they are done."""
+    texts = _prompts(prompts or [], prompts_file)
+    import jaxformers as jf
+
+    model = jf.load(ref, dtype=dtype)
+    settings = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
+        "stop": tuple(stop or ()),
+        "seed": seed,
+    }
+    if len(texts) == 1:
+        print(texts[0], end="", flush=True)
+        for piece in jf.stream(model, texts, **settings):
+            print(piece.text, end="", flush=True)
+        print()
+        return
+    for prompt, text in zip(texts, jf.generate(model, texts, **settings), strict=True):
+        print(f"{prompt}{text}\n")
+
+
+def _prompts(given: list[str], file: Path | None) -> list[str]:
+    """Prompts from arguments and a file, else all of standard input."""
+    texts = list(given)
+    if file is not None:
+        try:
+            texts += [line for line in file.read_text(encoding="utf-8").splitlines() if line]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    if not texts and not sys.stdin.isatty():
+        texts = [text] if (text := sys.stdin.read().removesuffix("\n")) else []
+    if not texts:
+        raise ValueError("no prompt: give one as an argument, by --prompts-file, or on standard input")
+    return texts
+
+
+@app.command()
+def convert(
+    source: Ref,
+    destination: Annotated[Path, typer.Argument(help="The Hugging Face directory to write.")],
+    dtype: Annotated[Dtype | None, typer.Option(help="Of the written weights; none: as they are.")] = None,
+    max_shard_size: Annotated[float, typer.Option(help="GB of weights in a file at most.", min=0.001)] = 5.0,
+) -> None:
+    """Write a model as a Hugging Face directory, which transformers opens."""
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise ValueError(f"{destination} exists and is not an empty directory; choose another destination")
+    import jaxformers as jf
+
+    model = jf.load(source)
+    jf.save_pretrained(model, destination, dtype=dtype, max_shard_bytes=int(max_shard_size * 1e9))
+    print(f"{destination}: {model.config.family}, {jf.count_params(model.config):,} parameters", file=sys.stderr)
+
+
+@app.command()
+def models() -> None:
+    """List the model types that checkpoints may have."""
+    from jaxformers.families import FAMILIES
+
+    for name in sorted(FAMILIES):
+        print(name)
+
+
+@app.command()
+def inspect(ref: Ref) -> None:
+    """Show what a reference holds: the architecture, its size, and the state of a run. Loads no weights."""
+    from jaxformers.inspection import describe
+
+    for name, value in describe(ref).items():
+        print(f"{name:20s} {value}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a config file, for editors."""
+    from jaxformers.config import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+
+
+def _version(shown: bool) -> None:
+    if shown:
+        from jaxformers import __version__
+
+        print(f"jaxformers {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Settings of every verb."""
+
+
+def main() -> None:
+    """Runs the command line. A user's mistake is one line on standard error; JAXFORMERS_DEBUG=1 shows where it was
+    found."""
+    try:
+        _set_up_unless_help()
+        app()
+    except (ValueError, OSError) as error:
+        if os.environ.get("JAXFORMERS_DEBUG"):
+            raise
+        print(f"jaxformers: {_one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _set_up_unless_help() -> None:
+    verbs_with_jax = ("train", "generate", "convert", "bench")
+    if len(sys.argv) > 1 and sys.argv[1] in verbs_with_jax and not {"-h", "--help"} & set(sys.argv):
+        from jaxformers.environment import set_up
+
+        set_up()
+
+
+def _one_line(error: Exception) -> str:
+    text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+    return " ".join(text.split())

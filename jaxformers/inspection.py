@@ -1,0 +1,87 @@
+"""What a reference holds, told without loading its weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from jaxformers.api import TOKENIZER_FOLDER
+from jaxformers.data.tokenizer import load_tokenizer
+from jaxformers.families import read_config
+from jaxformers.hub.resolve import classify, resolve
+from jaxformers.hub.safetensors import open_tensors
+from jaxformers.models.config import LayerKind, ModelConfig, plan_stacks
+from jaxformers.models.params import count_params
+from jaxformers.train.checkpoint import FOLDER, Checkpointer
+from jaxformers.train.monitor import METRICS_FILE
+
+
+def describe(ref: str | Path) -> dict[str, str]:
+    """Names and values for people. ValueError as `load` raises it."""
+    path = resolve(ref)
+    kind = classify(path)
+    found = {"path": str(path), "kind": kind}
+    if kind in ("safetensors", "gguf"):
+        return found | _weights(path)
+    if kind == "huggingface":
+        return found | _model(read_config(path)) | _tokenizer(path) | _weights(path)
+    run = path if kind == "run" else path.parent.parent
+    with Checkpointer(run) as checkpoints:
+        step = checkpoints.latest_step if kind == "run" else int(path.name)
+        if step is None:
+            return found | {"checkpoints": "none yet"}
+        meta = checkpoints.meta(step)
+    steps = sorted(int(p.name) for p in (run / FOLDER).iterdir() if p.name.isdecimal())
+    found |= _model(read_config(meta["model"])) | _tokenizer(run / TOKENIZER_FOLDER)
+    mesh = ", ".join(f"{axis}={size}" for axis, size in meta["mesh"].items() if size > 1) or "one device"
+    return found | {"step": str(step), "checkpoints": ", ".join(map(str, steps)), "trained on": mesh} | _metrics(run)
+
+
+def _model(cfg: ModelConfig) -> dict[str, str]:
+    total, active = count_params(cfg), count_params(cfg, active=True)
+    return {
+        "model type": cfg.family,
+        "parameters": f"{total:,}" + (f" ({active:,} active)" if active != total else ""),
+        "vocabulary": f"{cfg.vocab_size:,}" + (", tied" if cfg.tie_embeddings else ""),
+        "width": f"{cfg.d_model}, {cfg.num_heads} heads ({cfg.num_kv_heads} of keys and values) of {cfg.head_dim}",
+        "context": f"{cfg.context_length:,}",
+        "layers": " + ".join(
+            f"{stack.repeats} x ({', '.join(map(_kind, stack.pattern))})" for stack in plan_stacks(cfg.layers)
+        ),
+    }
+
+
+def _kind(kind: LayerKind) -> str:
+    window = f" window {kind.window}" if kind.window else ""
+    return f"{kind.mixer}{window} {kind.ffn}"
+
+
+def _tokenizer(path: Path) -> dict[str, str]:
+    if not (path / "tokenizer.json").is_file():
+        return {"tokenizer": "none"}
+    tokenizer = load_tokenizer(path)
+    return {"tokenizer": f"{tokenizer.vocab_size:,} ids, end of text {tokenizer.eos_id}"}
+
+
+def _weights(path: Path) -> dict[str, str]:
+    if path.suffix == ".gguf":
+        return {}
+    tensors = open_tensors(path)
+    dtypes = ", ".join(sorted({str(t.dtype) for t in tensors.values()}))
+    return {"weights": f"{len(tensors)} tensors, {sum(t.nbytes for t in tensors.values()) / 1e9:.2f} GB of {dtypes}"}
+
+
+def _metrics(run: Path) -> dict[str, str]:
+    """The last loss and validation loss that the run wrote."""
+    path = run / METRICS_FILE
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    last: dict[str, str] = {}
+    for line in lines:
+        try:
+            values = json.loads(line)
+        except ValueError:
+            continue  # a line cut short by a kill
+        last |= {
+            name.replace("_", " "): f"{values[name]:.4f}" for name in ("loss", "validation_loss") if values.get(name)
+        }
+    return last
