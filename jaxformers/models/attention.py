@@ -48,15 +48,21 @@ def dot_product(
     """Softmax attention. q [B, T, H, N], k [B, S, K, N], v [B, S, K, M] -> [B, T, H, M] in q's dtype; softmax in
     float32.
 
-    `sinks` [H] adds to each head's softmax one logit that attends to nothing (gpt-oss).
+    `sinks` [H] adds to each head's softmax one logit that attends to nothing (gpt-oss). Heads come first and all
+    queries of a kv head are rows of one matmul; the output is divided by the softmax's sum, which is smaller than
+    the weights are.
     """
     b, t, h, n = q.shape
-    kv_heads = k.shape[2]
-    q = q.reshape(b, t, kv_heads, h // kv_heads, n)
-    logits = jnp.einsum("btkgn,bskn->bkgts", q, k, preferred_element_type=jnp.float32)
-    weights = _softmax(logits, visible, scores, sinks).astype(q.dtype)
-    y = jnp.einsum("bkgts,bskm->btkgm", weights, v, preferred_element_type=jnp.float32)
-    return y.reshape(b, t, h, v.shape[-1]).astype(q.dtype)
+    s, kv_heads, m = v.shape[1], k.shape[2], v.shape[3]
+    groups = h // kv_heads
+    q = q.reshape(b, t, kv_heads, groups, n).transpose(0, 2, 3, 1, 4).reshape(b, kv_heads, groups * t, n)
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    logits = jnp.einsum("bkqn,bksn->bkqs", q, k, preferred_element_type=jnp.float32)
+    weights, total = _unnormalized(logits.reshape(b, kv_heads, groups, t, s), visible, scores, sinks)
+    weights = weights.astype(v.dtype).reshape(b, kv_heads, groups * t, s)
+    y = jnp.einsum("bkqs,bksm->bkqm", weights, v, preferred_element_type=jnp.float32)
+    y = (y.reshape(b, kv_heads, groups, t, m) / total).astype(q.dtype)
+    return y.transpose(0, 3, 1, 2, 4).reshape(b, t, h, m)
 
 
 def single_query(
@@ -68,27 +74,32 @@ def single_query(
     if t > 1:
         return dot_product(q, k, v, visible, scores, sinks=sinks)
     kv_heads = k.shape[2]
-    q = q.reshape(b, 1, kv_heads, h // kv_heads, n).astype(jnp.float32)
-    logits = (q * k[:, :, :, None].astype(jnp.float32)).sum(-1)  # [B, S, K, G]
-    weights = _softmax(jnp.moveaxis(logits, 1, -1)[:, :, :, None], visible, scores, sinks)[:, :, :, 0]
-    y = (jnp.moveaxis(weights, -1, 1)[..., None] * v[:, :, :, None].astype(jnp.float32)).sum(1)
-    return y.reshape(b, 1, h, v.shape[-1]).astype(k.dtype)
+    grouped = q.reshape(b, 1, kv_heads, h // kv_heads, n).astype(jnp.float32)
+    logits = (grouped * k[:, :, :, None].astype(jnp.float32)).sum(-1)  # [B, S, K, G]
+    weights, total = _unnormalized(jnp.moveaxis(logits, 1, -1)[:, :, :, None], visible, scores, sinks)
+    weights = jnp.moveaxis(weights[:, :, :, 0], -1, 1)[..., None]  # [B, S, K, G, 1]
+    y = (weights * v[:, :, :, None].astype(jnp.float32)).sum(1) / total[:, :, :, 0]
+    return y.reshape(b, 1, h, v.shape[-1]).astype(q.dtype)
 
 
-def _softmax(logits: jax.Array, visible: Visibility, scores: Scores, sinks: jax.Array | None) -> jax.Array:
-    """Attention weights float32 [B, K, G, T, S] of raw products of that shape."""
+def _unnormalized(
+    logits: jax.Array, visible: Visibility, scores: Scores, sinks: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """Softmax weights float32 [B, K, G, T, S] of raw products of that shape before the division, and their sums
+    [B, K, G, T, 1]."""
     _, kv_heads, groups, _, _ = logits.shape
     logits = softcap(logits * scores.scale, scores.softcap)
     if scores.alibi:
         slopes = alibi_slopes(kv_heads * groups).reshape(kv_heads, groups, 1, 1)
         logits += slopes * visible.k_positions[:, None, None, None, :].astype(jnp.float32)
     logits = jnp.where(visible.mask(scores.window)[:, None, None], logits, MASKED)
-    if sinks is None:
-        return jax.nn.softmax(logits, axis=-1)
-    sink = sinks.astype(jnp.float32).reshape(kv_heads, groups, 1, 1)
-    top = jnp.maximum(logits.max(axis=-1, keepdims=True), sink)
+    top = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
+    if sinks is not None:
+        sink = sinks.astype(jnp.float32).reshape(kv_heads, groups, 1, 1)
+        top = jnp.maximum(top, jax.lax.stop_gradient(sink))
     weights = jnp.exp(logits - top)
-    return weights / (weights.sum(axis=-1, keepdims=True) + jnp.exp(sink - top))
+    total = weights.sum(axis=-1, keepdims=True)
+    return weights, total if sinks is None else total + jnp.exp(sink - top)
 
 
 def gqa(
