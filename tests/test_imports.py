@@ -27,8 +27,8 @@ FIRST_PARTY: dict[str, set[str]] = {
 }
 # package -> the only third-party modules it may import
 THIRD_PARTY = {"models": {"jax", "numpy", "flax.struct"}, "families": set()}
-# What composes the packages: these may import everything, and no package imports them.
-ENTRY_POINTS = {"__init__", "__main__", "api", "cli", "config", "generation", "training"}
+# The modules beside the packages compose them: they may import everything, and no package imports them.
+ENTRY_POINTS = {path.stem for path in ROOT.glob("*.py")}
 NEVER = {"torch", "transformers", "tensorflow"}
 HOLDS_JAX_IN_DATA = "data.pipeline"
 
