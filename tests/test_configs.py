@@ -54,7 +54,7 @@ def trainer_of(path: Path, mesh: jax.sharding.Mesh) -> Trainer:
 def abstract_batch(config: RunConfig, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     shape = (config.train.batch_size, config.data.sequence_length)
     place = batch_sharding(shape, mesh)
-    dtypes = {name: jnp.int32 for name in ("tokens", "targets", "positions", "segment_ids")} | {"weights": jnp.float32}
+    dtypes = dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), jnp.int32) | {"weights": jnp.float32}
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, dtype in dtypes.items()}
 
 
