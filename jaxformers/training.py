@@ -81,7 +81,7 @@ def prepare_run(config: RunConfig) -> Setup:
         schedule=config.schedule,
         loss=config.loss,
     )
-    assert trainer.learning_rate  # refuses a schedule that does not fit the run
+    trainer.check()
     return Setup(config, trainer, pretrained)
 
 

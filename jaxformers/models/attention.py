@@ -91,7 +91,7 @@ def _unnormalized(
     logits = softcap(logits * scores.scale, scores.softcap)
     if scores.alibi:
         slopes = alibi_slopes(kv_heads * groups).reshape(kv_heads, groups, 1, 1)
-        logits += slopes * visible.k_positions[:, None, None, None, :].astype(jnp.float32)
+        logits -= slopes * visible.distance()[:, None, None].astype(jnp.float32)
     logits = jnp.where(visible.mask(scores.window)[:, None, None], logits, MASKED)
     top = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
     if sinks is not None:
@@ -126,7 +126,7 @@ def gqa(
 
 
 def _project_qkv(p: Params, x: jax.Array, ctx: Context, cfg: ModelConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """q [B, T, H, N], k and v [B, T, K, N]; from one fused weight [D, (H + 2K) N] where `decoder.fuse` made one."""
+    """q [B, T, H, N], k and v [B, T, K, N]; from one fused weight [D, (H + 2K) N] where `layout.prepare` made one."""
     h, k = cfg.num_heads, cfg.num_kv_heads
     if "qkv" in p:
         fused = linear(x, p["qkv"], p.get("qkv_b")).reshape(*x.shape[:2], h + 2 * k, cfg.head_dim)
@@ -158,9 +158,13 @@ def mla(
     assert m is not None
     assert kind.rope is not None
     turn = ctx.rotations[kind.rope]
-    q = linear(norm(p["q_norm"], linear(x, p["q_a"]), cfg), p["q_b"]) if "q_a" in p else linear(x, p["q"])
+    q = (
+        linear(norm(p["q_norm"], linear(x, p["q_a"]), cfg, eps=m.norm_eps), p["q_b"])
+        if "q_a" in p
+        else linear(x, p["q"])
+    )
     q_nope, q_rope = ctx.save(q[..., : m.nope_dim], "q"), rotate(q[..., m.nope_dim :], kind.rope, turn)
-    latent = ctx.save(norm(p["kv_norm"], linear(x, p["kv_a"]), cfg), "k")[:, :, None]
+    latent = ctx.save(norm(p["kv_norm"], linear(x, p["kv_a"]), cfg, eps=m.norm_eps), "k")[:, :, None]
     k_rope = rotate(linear(x, p["k_rope"])[:, :, None], kind.rope, turn)
     scale = (m.nope_dim + m.rope_dim) ** -0.5 if cfg.attn_scale is None else cfg.attn_scale
     scores = Scores(scale, kind.window, cfg.attn_softcap)

@@ -111,6 +111,7 @@ class MLA:
     nope_dim: int
     rope_dim: int
     v_dim: int
+    norm_eps: float = 1e-6  # of the norms between down- and up-projection, whatever the layers' norms have
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from jaxformers.models.config import LayerKind, ModelConfig, Stack, plan_stacks
 from jaxformers.models.context import Context
 from jaxformers.models.ffn import mlp, moe
 from jaxformers.models.layers import named_norm, norm, softcap
-from jaxformers.models.layout import fuse_layer, unstack
+from jaxformers.models.layout import unstack
 from jaxformers.models.params import Params, layer_spec, model_spec
 from jaxformers.models.rope import rotations
 from jaxformers.models.routing import MoEStats
@@ -134,7 +134,7 @@ def _run_blocks(
 
         def body(p: Params, x: jax.Array, entry: LayerCache | None, kind: LayerKind = kind) -> Any:
             p = runtime.gather(p, layer_spec(cfg, kind))
-            return block(fuse_layer(p) if runtime.fuse else p, x, ctx, cfg, kind, entry)
+            return block(p, x, ctx, cfg, kind, entry)
 
         x, entry, layer_stats = runtime.rematerialize(body)(p, x, None if cache is None else cache[i])
         stats = _add(stats, layer_stats)
@@ -158,7 +158,7 @@ def _scan_stack(
         x, stats = carry
         for p, kind in zip(repeat, stack.pattern, strict=True):
             p = runtime.gather(p, layer_spec(cfg, kind))
-            x, _, layer_stats = block(fuse_layer(p) if runtime.fuse else p, x, ctx, cfg, kind, None)
+            x, _, layer_stats = block(p, x, ctx, cfg, kind, None)
             stats = _add(stats, layer_stats)
         return (x, stats), None
 

@@ -19,13 +19,16 @@ ACTIVATIONS = {
 }
 
 
-def norm(p: Params, x: jax.Array, cfg: ModelConfig, *, dims: int = 1) -> jax.Array:
-    """RMS norm (arXiv:1910.07467) or layer norm over the last `dims` dims of x, computed in float32, in x's dtype."""
+def norm(p: Params, x: jax.Array, cfg: ModelConfig, *, dims: int = 1, eps: float | None = None) -> jax.Array:
+    """RMS norm (arXiv:1910.07467) or layer norm over the last `dims` dims of x, computed in float32, in x's dtype.
+
+    eps defaults to the architecture's.
+    """
     axes = tuple(range(-dims, 0))
     y = x.astype(jnp.float32)
     if cfg.norm == "layer":
         y -= y.mean(axes, keepdims=True)
-    y *= jax.lax.rsqrt(jnp.square(y).mean(axes, keepdims=True) + cfg.norm_eps)
+    y *= jax.lax.rsqrt(jnp.square(y).mean(axes, keepdims=True) + (cfg.norm_eps if eps is None else eps))
     if "w" in p:
         y *= p["w"].astype(jnp.float32) + cfg.norm_offset
     if "b" in p:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxformers.models.config import ModelConfig, plan_stacks
 from jaxformers.models.params import Params, layer_spec, model_spec
-from jaxformers.models.weights import concat_outputs
+from jaxformers.models.weights import OutputMajor, concat_outputs
 
 
 def unstack(params: Params, cfg: ModelConfig) -> Params:
@@ -63,10 +63,34 @@ def _join(p: Params, names: tuple[str, ...], fused: str) -> Params:
     return {name: leaf for name, leaf in p.items() if name not in (*names, *biases)} | joined
 
 
-def prepare(params: Params, cfg: ModelConfig, *, dtype: Any, fuse: bool) -> Params:
-    """The tree to decode from: one buffer a layer, in the compute dtype, fused where every device holds layers
-    whole."""
+def prepare(params: Params, cfg: ModelConfig, *, dtype: Any, whole: bool, on_cpu: bool) -> Params:
+    """The tree to decode from: one buffer a layer, in the compute dtype.
+
+    Where every device holds layers `whole`, projections of one input are fused, and on CPU matrices are kept
+    output-major.
+    """
     prepared = unstack(jax.tree.map(lambda a: a.astype(dtype), params), cfg)
-    if fuse:
+    if whole:
         prepared["blocks"] = [fuse_layer(p) for p in prepared["blocks"]]
+        if on_cpu:
+            prepared = prepared | {"blocks": [_output_major(p) for p in prepared["blocks"]]}
+            if "lm_head" in prepared:
+                prepared["lm_head"] = OutputMajor.of(prepared["lm_head"], n_in=1)
     return prepared
+
+
+# Projections that only `weights.linear` reads, and their number of input dims.
+_PROJECTIONS = {
+    "attn": {"q": 1, "k": 1, "v": 1, "qkv": 1, "o": 2},
+    "ffn": {"gate": 1, "up": 1, "gate_up": 1, "down": 1},
+}
+
+
+def _output_major(p: Params) -> Params:
+    """One layer with its dense projections output-major; experts have kernels of their own."""
+    p = dict(p)
+    for part, names in _PROJECTIONS.items():
+        if "router" not in p[part]:
+            turned = {name: OutputMajor.of(p[part][name], n_in=n) for name, n in names.items() if name in p[part]}
+            p[part] = p[part] | turned
+    return p

@@ -22,9 +22,13 @@ class Visibility:
     q_segments: jax.Array | None = None
     k_segments: jax.Array | None = None
 
+    def distance(self) -> jax.Array:
+        """How far behind each query each key stands, int32 [B or 1, T, S]."""
+        return self.q_positions[:, :, None] - self.k_positions[:, None, :]
+
     def mask(self, window: int | None) -> jax.Array:
         """bool [B or 1, T, S], True where a query may look at a key. Every query sees at least itself."""
-        distance = self.q_positions[:, :, None] - self.k_positions[:, None, :]
+        distance = self.distance()
         visible = distance >= 0
         if window is not None:
             visible &= distance < window

@@ -46,7 +46,9 @@ class MoEStats:
 
 def route(p: Params, x: jax.Array, m: MoE) -> Routing:
     """The experts of each token. x [M, D]; router logits and scores are float32 whatever x is."""
-    logits = x.astype(jnp.float32) @ p["router"].astype(jnp.float32)
+    # At full precision on every device: a rounded logit would send tokens to other experts.
+    weight = p["router"].astype(jnp.float32)
+    logits = jnp.matmul(x.astype(jnp.float32), weight, precision=jax.lax.Precision.HIGHEST)
     if m.router_bias:
         logits += p["router_b"].astype(jnp.float32)
     if m.score == "softmax_topk":
@@ -62,14 +64,14 @@ def route(p: Params, x: jax.Array, m: MoE) -> Routing:
 
 
 def _limit_groups(preference: jax.Array, m: MoE) -> jax.Array:
-    """Preferences [M, E] with those outside each token's best groups set to 0 (device-limited routing,
+    """Preferences [M, E] with those outside each token's best groups ruled out (device-limited routing,
     arXiv:2405.04434)."""
     if m.groups == 1:
         return preference
     grouped = preference.reshape(-1, m.groups, m.num_experts // m.groups)
     best = grouped.max(axis=-1) if m.group_score == "max" else jax.lax.top_k(grouped, 2)[0].sum(axis=-1)
     kept = jax.nn.one_hot(jax.lax.top_k(best, m.top_groups)[1], m.groups).sum(axis=1)
-    return jnp.where(kept[..., None] > 0, grouped, 0.0).reshape(preference.shape)
+    return jnp.where(kept[..., None] > 0, grouped, -jnp.inf).reshape(preference.shape)
 
 
 def routing_stats(routing: Routing, shape: tuple[int, int], valid: jax.Array | None, m: MoE) -> MoEStats:

@@ -16,7 +16,7 @@ from jaxformers.models.params import Params
 Remat = Literal["none", "full", "dots", "projections"]
 POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names("matmul"),
     "projections": jax.checkpoint_policies.save_only_these_names("q", "k", "v", "mixed", "gate", "up"),
 }
 
@@ -35,17 +35,16 @@ def no_gather(params: Params, _spec: Params) -> Params:
 class Runtime:
     """How to run a model.
 
-    dtype: of activations and of weights at use. remat: what the backward pass recomputes: nothing, all of a layer,
-    all but its matmuls, or all but its projections. layers: one scanned body for equal layers (compiles fast at any
-    depth), or every layer unrolled (runs faster on CPU and in decoding). fuse: join projections of one input into
-    one matmul at use. shard(x, *axes) places an activation; gather(params, spec) brings weights together for use;
-    attend, experts: kernels.
+    dtype: of activations and of weights at use. remat: what the backward pass recomputes: nothing, all of a layer, all
+    but its matmuls, or all but its projections. layers: one scanned body for equal layers (compiles fast at any
+    depth), or every layer unrolled (runs faster on CPU and in decoding; XLA:CPU then recomputes without saving memory).
+    shard(x, *axes) places an activation; gather(params, spec) brings weights together for use; attend, experts:
+    kernels.
     """
 
     dtype: Any = jnp.float32
     remat: Remat = "none"
     layers: Literal["scan", "unroll"] = "scan"
-    fuse: bool = False
     shard: Callable[..., jax.Array] = no_shard
     gather: Callable[[Params, Params], Params] = no_gather
     attend: Callable[..., jax.Array] = dot_product

@@ -32,12 +32,17 @@ UNROLLED_LAYERS = 32  # deeper models compile too long when every layer is its o
 
 
 def make_runtime(config: RuntimeConfig, cfg: ModelConfig, mesh: Mesh) -> Runtime:
-    """The runtime of a training step on this mesh. On CPU, layers are unrolled: scanned weights are copied every
-    step."""
-    layers = config.layers
+    """The runtime of a training step on this mesh.
+
+    On CPU, `auto` unrolls layers, as scanned weights are copied every step, unless memory is to be saved by
+    recomputation: XLA:CPU keeps everything of an unrolled model alive, and so that pair is refused.
+    """
+    on_cpu, layers = mesh.devices.flat[0].platform == "cpu", config.layers
+    if on_cpu and layers == "unroll" and config.remat != "none":
+        raise ValueError(f"runtime: remat={config.remat} saves no memory with layers=unroll on CPU; use layers=scan")
     if layers == "auto":
-        on_cpu = mesh.devices.flat[0].platform == "cpu"
-        layers = "unroll" if on_cpu and cfg.num_layers <= UNROLLED_LAYERS else "scan"
+        unrolls = on_cpu and config.remat == "none" and cfg.num_layers <= UNROLLED_LAYERS
+        layers = "unroll" if unrolls else "scan"
     return Runtime(
         dtype=jnp.dtype(config.dtype), remat=config.remat, layers=layers, shard=sharder(mesh), gather=gatherer(mesh)
     )
@@ -55,6 +60,11 @@ class Trainer:
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     loss: LossConfig = LossConfig()
+
+    def check(self) -> None:
+        """ValueError for settings that do not fit each other, before anything is compiled."""
+        assert self.learning_rate
+        assert self._runtime
 
     @cached_property
     def learning_rate(self) -> optax.Schedule:

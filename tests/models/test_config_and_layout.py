@@ -13,7 +13,7 @@ from jaxformers.families import read_config
 from jaxformers.models.cache import init_cache
 from jaxformers.models.config import LayerKind, plan_stacks
 from jaxformers.models.decoder import forward, hidden_states
-from jaxformers.models.layout import prepare, unstack
+from jaxformers.models.layout import block_spec, prepare, stack, unstack
 from jaxformers.models.params import abstract_params, init_params
 from jaxformers.models.runtime import POLICIES, Runtime
 
@@ -74,37 +74,44 @@ def test_unstacking_gives_each_layer_its_own_weights():
     blocks = jit(unstack, static_argnums=1)(params, cfg)["blocks"]
     assert len(blocks) == cfg.num_layers
     params = jax.tree.map(np.asarray, params)
-    for stack, layers in zip(plan_stacks(cfg.layers), params["layers"], strict=True):
-        for j, r in np.ndindex(len(stack.pattern), stack.repeats):
+    for run, layers in zip(plan_stacks(cfg.layers), params["layers"], strict=True):
+        for j, r in np.ndindex(len(run.pattern), run.repeats):
             expected = jax.tree.map(lambda a, r=r: a[r], layers[j])
-            jax.tree.map(np.testing.assert_array_equal, blocks[stack.layer(j, r)], expected)
+            jax.tree.map(np.testing.assert_array_equal, blocks[run.layer(j, r)], expected)
 
 
-@pytest.mark.parametrize("fuse", [False, True])
-def test_prepared_parameters_compute_the_same(fuse):
+@pytest.mark.parametrize("on_cpu", [False, True])
+@pytest.mark.parametrize("whole", [False, True])
+def test_prepared_parameters_compute_the_same(whole, on_cpu):
     cfg, params = tiny_model()
     tokens = jnp.arange(10, dtype=jnp.int32).reshape(2, 5)
-    prepared = jit(functools.partial(prepare, cfg=cfg, dtype=jnp.float32, fuse=fuse))(params)
-    assert ("qkv" in prepared["blocks"][0]["attn"]) == fuse
+    prepared = jit(functools.partial(prepare, cfg=cfg, dtype=jnp.float32, whole=whole, on_cpu=on_cpu))(params)
+    assert ("qkv" in prepared["blocks"][0]["attn"]) == whole
     with jax.default_matmul_precision("highest"):
         decode = jit(lambda params: hidden_states(params, cfg, tokens, cache=init_cache(cfg, 2, 8)).x)
         plain = jit(lambda params: hidden_states(params, cfg, tokens).x)
         np.testing.assert_allclose(decode(prepared), plain(params), rtol=1e-5, atol=1e-5)
 
 
+def test_stacking_undoes_unstacking_and_specs_follow():
+    cfg, params = tiny_model()
+    blocks = unstack(params, cfg)
+    jax.tree.map(np.testing.assert_array_equal, stack(blocks, cfg), params)
+    assert jax.tree.map(lambda spec: spec.shape, block_spec(cfg)) == jax.tree.map(lambda a: a.shape, blocks)
+
+
 def test_prepared_parameters_have_the_dtype_asked_for():
     cfg, params = tiny_model()
-    prepared = jax.eval_shape(functools.partial(prepare, cfg=cfg, dtype=jnp.bfloat16, fuse=True), params)
+    prepared = jax.eval_shape(functools.partial(prepare, cfg=cfg, dtype=jnp.bfloat16, whole=True, on_cpu=False), params)
     assert {leaf.dtype for leaf in jax.tree.leaves(prepared)} == {jnp.dtype(jnp.bfloat16)}
 
 
-@pytest.mark.parametrize("layers", ["scan", "unroll"])
-def test_rematerialization_needs_less_memory(layers):
+def test_rematerialization_of_scanned_layers_needs_less_memory():
     cfg = read_config(TINY | {"num_hidden_layers": 6, "hidden_size": 64, "intermediate_size": 256})
     tokens = jax.ShapeDtypeStruct((4, 128), jnp.int32)
 
     def temporary_bytes(remat):
-        runtime = Runtime(layers=layers, remat=remat)
+        runtime = Runtime(layers="scan", remat=remat)
         step = jit(jax.grad(lambda params, tokens: forward(params, cfg, tokens, runtime=runtime).sum()))
         return step.lower(abstract_params(cfg), tokens).compile().memory_analysis().temp_size_in_bytes
 

@@ -178,7 +178,7 @@ def stats_of(p, x, m, segment_ids=None):
 def test_the_balance_of_one_row_is_the_references_load_balancing_loss():
     p, x = weights(PLAIN), inputs()[:1]
     routing, stats = stats_of(p, x, PLAIN)
-    logits = torch.from_numpy(np.asarray(routing.logits))
+    logits = torch.from_numpy(np.array(routing.logits))
     truth = load_balancing_loss_func((logits,), E, PLAIN.top_k)
     np.testing.assert_allclose(stats.balance / T, truth, rtol=1e-6)
 
@@ -187,7 +187,7 @@ def test_the_balance_of_one_row_leaves_padding_out_as_the_reference_does():
     p, x = weights(PLAIN), inputs()[:1]
     segments = np.array([[1, 1, 2, 2, 0, 0]])
     routing, stats = stats_of(p, x, PLAIN, segments)
-    logits = torch.from_numpy(np.asarray(routing.logits))
+    logits = torch.from_numpy(np.array(routing.logits))
     truth = load_balancing_loss_func((logits,), E, PLAIN.top_k, torch.from_numpy(segments > 0).long())
     np.testing.assert_allclose(stats.balance / 4, truth, rtol=1e-6)
     alone = stats_of(p, x[:, :4], PLAIN)[1]
