@@ -14,6 +14,8 @@ from typing import Annotated
 
 import typer
 
+from jaxformers.bench_cli import bench_app
+
 app = typer.Typer(
     name="jaxformers",
     help="Pre-train, fine-tune, evaluate and serve large language models on JAX.",
@@ -21,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(bench_app, name="bench")
 
 Ref = Annotated[
     str,
