@@ -56,18 +56,23 @@ class MeshConfig(BaseModel):
         bad = [axis for axis, size in wanted.items() if size != "auto" and size < 1]
         if bad:
             raise ValueError(f"mesh: {bad[0]} is {wanted[bad[0]]}; an axis size is at least 1, or auto")
-        unsupported = [axis for axis in AXES if axis not in WORKING and wanted[axis] not in (1, "auto")]
-        if unsupported:
-            raise ValueError(
-                f"mesh: {unsupported[0]}={wanted[unsupported[0]]} is not available yet; use {', '.join(WORKING)}"
-            )
+        _refuse_unavailable({axis: size for axis, size in wanted.items() if size != "auto"})
         free = [axis for axis, size in wanted.items() if size == "auto"]
         if len(free) > 1:
             raise ValueError(f"mesh: {' and '.join(free)} are both auto; at most one axis may be")
         fixed = math.prod(size for size in wanted.values() if size != "auto")
         if num_devices % fixed or (not free and fixed != num_devices):
-            raise ValueError(f"mesh: {shown or 'all sizes 1'} needs {fixed} devices, but there are {num_devices}")
-        return {axis: num_devices // fixed if size == "auto" else size for axis, size in wanted.items()}
+            need = f"{fixed} device{'s' if fixed > 1 else ''}"
+            raise ValueError(f"mesh: {shown or 'all sizes 1'} needs {need}, but there are {num_devices}")
+        sizes = {axis: num_devices // fixed if size == "auto" else size for axis, size in wanted.items()}
+        _refuse_unavailable(sizes)
+        return sizes
+
+
+def _refuse_unavailable(sizes: Mapping[str, int]) -> None:
+    for axis, size in sizes.items():
+        if axis not in WORKING and size > 1:
+            raise ValueError(f"mesh: {axis}={size} is not available yet; use {', '.join(WORKING)}")
 
 
 def make_mesh(config: MeshConfig = MeshConfig(), *, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -16,7 +16,7 @@ def make_schedule(config: ScheduleConfig, *, peak: float, steps: int) -> optax.S
     warmup = config.warmup_steps
     if warmup >= steps:
         raise ValueError(f"schedule: warmup_steps is {warmup}; it must be below the run's {steps} steps")
-    after = _shape(config, peak, steps - warmup)
+    after = _shape(config, peak, steps)
     if not warmup:
         return after
     rise = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
@@ -24,8 +24,9 @@ def make_schedule(config: ScheduleConfig, *, peak: float, steps: int) -> optax.S
 
 
 def _shape(config: ScheduleConfig, peak: float, steps: int) -> optax.Schedule:
-    """The rate from the end of the warm-up on; it reaches its final value at the last step."""
-    final, last = config.final_fraction, max(steps - 1, 1)
+    """The rate from the end of the warm-up on, by steps since then; it reaches its final value at the run's last
+    step."""
+    final, last = config.final_fraction, max(steps - config.warmup_steps - 1, 1)
     match config.name:
         case "constant":
             return optax.constant_schedule(peak)
@@ -34,8 +35,9 @@ def _shape(config: ScheduleConfig, peak: float, steps: int) -> optax.Schedule:
         case "linear":
             return optax.linear_schedule(peak, peak * final, last)
         case "wsd":
-            decay = max(round(steps * config.decay_fraction), 1)
-            return optax.linear_schedule(peak, peak * final, decay, transition_begin=max(last - decay, 0))
+            decay = min(max(round(steps * config.decay_fraction), 1), last)
+            return optax.linear_schedule(peak, peak * final, decay, transition_begin=last - decay)
         case "inverse_sqrt":
             offset = max(config.warmup_steps, 1)
-            return lambda step: peak * jnp.sqrt(offset / (offset + step))
+            # join_schedules also asks for the steps before, whose rate it then leaves out.
+            return lambda step: peak * jnp.sqrt(offset / (offset + jnp.maximum(step, 0)))

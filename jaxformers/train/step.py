@@ -64,7 +64,7 @@ def make_train_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         value, sums, grads = value_and_gradient(loss, state.params, batch, accumulation=accumulation)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         scale = clip_scale(norm, clip_norm)
         grads = jax.tree.map(lambda g: g * scale, grads)
         with jax.numpy_dtype_promotion("standard"):  # optax multiplies floats by its integer step
