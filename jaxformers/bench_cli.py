@@ -264,7 +264,9 @@ def _machine_rows(machine: Machine) -> list[tuple[str, str]]:
 
 
 def _seconds(step: Seconds) -> str:
-    return f"{step.median * 1e3:.1f} ms (p10 {step.p10 * 1e3:.1f}, p90 {step.p90 * 1e3:.1f}, of {step.count})"
+    unit, scale = ("s", 1.0) if step.median >= 10 else ("ms", 1e3)
+    median, p10, p90 = (f"{seconds * scale:.1f}" for seconds in (step.median, step.p10, step.p90))
+    return f"{median} {unit} (p10 {p10}, p90 {p90}, of {step.count})"
 
 
 def _memory(memory: Memory) -> str:
