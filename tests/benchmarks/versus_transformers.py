@@ -106,13 +106,18 @@ def ours_decode(batch: int) -> Callable[[], None]:
     import numpy as np
 
     import jaxformers as jf
-    from jaxformers.infer.generate import generate_tokens
+    from jaxformers.infer.generate import Generation, prepare_model
     from jaxformers.parallel.mesh import single_device_mesh
 
     cfg = jf.read_config(SHAPE)
-    model = jf.Model(cfg, jf.init_params(cfg, jax.random.key(0)), None, single_device_mesh())
+    model = prepare_model(jf.init_params(cfg, jax.random.key(0)), cfg, single_device_mesh())
     prompts = np.random.default_rng(0).integers(0, SHAPE["vocab_size"], (batch, PROMPT)).tolist()
-    return lambda: generate_tokens(model, prompts, max_new_tokens=NEW)
+
+    def run() -> None:
+        steps = list(Generation(model, prompts, max_new_tokens=NEW))
+        assert sum(len(step.tokens[0]) for step in steps) == NEW
+
+    return run
 
 
 def theirs_decode(batch: int, cache: str) -> Callable[[], None]:
