@@ -45,6 +45,7 @@ def test_every_command_runs_in_a_fresh_environment(tmp_path):
     for script in scripts:
         done = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", script],
+            check=False,
             cwd=checkout,
             env=environment,
             stdin=subprocess.DEVNULL,
