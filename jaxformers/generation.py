@@ -1,0 +1,234 @@
+"""Text from text: prompts are encoded, continued in batches, decoded as they grow, and cut at stop strings.
+
+The tokens themselves come from `infer.generate`; this module adds the tokenizer, the model's own generation settings
+and stop strings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from jaxformers.data.tokenizer import TextStream, Tokenizer
+from jaxformers.infer.generate import Finish, Generation, Prepared, prepare_model
+from jaxformers.infer.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from jaxformers.api import Model
+
+Prompt = str | Sequence[int]
+
+DEFAULT_NEW_TOKENS = 128
+SEEDS = 2**32
+CONTEXT_IDS = 8  # prompt tokens before a continuation that tell how its first token reads
+_FROM_MODEL = ("top_k", "top_p", "min_p", "repetition_penalty")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How to continue prompts. None is what the model's generation_config.json says, and off where that is silent.
+
+    max_new_tokens: at most so many tokens a prompt; the model's own number, else 128.
+    temperature: 0 takes the likeliest token each time; the model's own where it has `do_sample`, else 0.
+    top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty: see `infer.sampling`.
+    stop: texts that end a continuation and are not part of it; a special token may be among them.
+    stop_ids: token ids that do, besides those that the model and the tokenizer name.
+    seed: prompt i draws with seed + i, whatever the batch; None draws anew each time.
+    batch_size: prompts continued at a time.
+    """
+
+    max_new_tokens: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    stop: str | Sequence[str] = ()
+    stop_ids: Sequence[int] = ()
+    seed: int | None = None
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        if not all(isinstance(text, str) and text for text in self.stop_texts):
+            raise ValueError(f"stop is {self.stop!r}; it must be a text, or several, none of them empty")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}; it must be at least 1")
+        if self.seed is not None and not 0 <= self.seed < SEEDS:
+            raise ValueError(f"seed is {self.seed}; it must be from 0 to 2**32 - 1")
+
+    @property
+    def stop_texts(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) and self.stop else tuple(self.stop)
+
+
+class Piece(NamedTuple):
+    """More text of one prompt's continuation. `finish` is None until its last piece, which may have no text."""
+
+    row: int
+    text: str
+    finish: Finish | None
+
+
+def generate(
+    model: Model,
+    prompts: str | Sequence[Prompt],
+    *,
+    on_text: Callable[[int, str], None] | None = None,
+    **settings: Any,
+) -> str | list[str]:
+    """The continuation of one prompt, or of each in a list: its text without the prompt and without a stop string.
+
+    A prompt is a text, or the ids of one. `settings` are those of `Settings`. `on_text(row, text)` is told each piece
+    of text as it comes. ValueError, in one line, for a setting that is not allowed and a prompt that cannot be
+    continued.
+    """
+    texts = [""] * (1 if isinstance(prompts, str) else len(prompts))
+    for piece in stream(model, prompts, **settings):
+        texts[piece.row] += piece.text
+        if on_text and piece.text:
+            on_text(piece.row, piece.text)
+    return texts[0] if isinstance(prompts, str) else texts
+
+
+def stream(model: Model, prompts: str | Sequence[Prompt], **settings: Any) -> Iterator[Piece]:
+    """The pieces of `generate`'s texts as they come. What may be the start of a stop string is held back."""
+    chosen = Settings(**settings)
+    if model.tokenizer is None:
+        raise ValueError("this model has no tokenizer; infer.generate continues token ids")
+    rows = [_encode(model, prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
+    batches = {
+        start: _start(model, rows[start : start + chosen.batch_size], chosen, start)
+        for start in range(0, len(rows), chosen.batch_size)
+    }
+    return (piece for start, batch in batches.items() for piece in _pieces(batch, start))
+
+
+_PREPARED: WeakKeyDictionary[Model, Prepared] = WeakKeyDictionary()
+
+
+def prepared(model: Model) -> Prepared:
+    """The model in the layout that decoding runs from, made once and kept as long as the model is."""
+    if model not in _PREPARED:
+        _PREPARED[model] = prepare_model(model.params, model.config, model.mesh, dtype=model.dtype)
+    return _PREPARED[model]
+
+
+class _Batch(NamedTuple):
+    generation: Generation
+    texts: list[StoppableText]
+
+
+def _start(model: Model, rows: Sequence[Sequence[int]], settings: Settings, first_row: int) -> _Batch:
+    """A batch that is checked and ready; nothing is computed before it is iterated over."""
+    special, plain = _split_stops(settings.stop_texts, model.tokenizer)
+    own_length, own_stops = (model.generation.get(name) for name in ("max_new_tokens", "eos_token_id"))
+    generation = Generation(
+        prepared(model),
+        rows,
+        max_new_tokens=_first_given(settings.max_new_tokens, own_length, DEFAULT_NEW_TOKENS),
+        sampling=sampling_params(settings, model.generation, len(rows), first_row),
+        stop_ids=[*settings.stop_ids, *special, *model.tokenizer.stop_ids, *_as_list(own_stops)],
+    )
+    return _Batch(generation, [StoppableText(model.tokenizer, plain, prompt=row) for row in rows])
+
+
+def _pieces(batch: _Batch, first_row: int) -> Iterator[Piece]:
+    for step in batch.generation:
+        for row, text in enumerate(batch.texts):
+            if text.finish:
+                continue
+            piece = text.push(step.tokens[row], step.finish[row])
+            if text.finish:
+                batch.generation.end(row)
+            if piece or text.finish:
+                yield Piece(first_row + row, piece, text.finish)
+
+
+class StoppableText:
+    """The text of one growing continuation, up to the first stop string that completes."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], *, prompt: Sequence[int]):
+        self.finish: Finish | None = None
+        self._stops = stops
+        self._held = ""  # may be the start of a stop string
+        self._stream = TextStream(tokenizer)
+        for token in prompt[-CONTEXT_IDS:]:
+            self._stream.push(token)
+        self._stream.flush()
+
+    def push(self, tokens: Sequence[int], finish: Finish | None) -> str:
+        """The text that is certain now. `finish` is why no more tokens will come, if so."""
+        out = ""
+        for token in tokens:
+            out += self._release(self._stream.push(token))
+            if self.finish:
+                return out
+        if finish:
+            out += self._release(self._stream.flush())
+            if self.finish is None:
+                out, self.finish = out + self._held, finish
+        return out
+
+    def _release(self, text: str) -> str:
+        """`text` after what is held, without what has to be held on to or comes after a stop."""
+        text = self._held + text
+        found = [(text.find(stop) + len(stop), -len(stop)) for stop in self._stops if stop in text]
+        if found:  # the first to end, however the text was cut into pieces; of those, the one that began first
+            end, length = min(found)
+            self.finish = "stop"
+            return text[: end + length]
+        held = max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many of the last characters of `text` are the first of `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def sampling_params(settings: Settings, generation: Mapping[str, Any], rows: int, first_row: int = 0) -> SamplingParams:
+    """The settings of a batch whose first prompt is number `first_row`, over those of a generation_config.json."""
+    own_temperature = _first_given(generation.get("temperature"), 1.0) if generation.get("do_sample") else 0.0
+    knobs = {name: _first_given(getattr(settings, name), generation.get(name)) for name in _FROM_MODEL}
+    seed = int(np.random.default_rng().integers(SEEDS)) if settings.seed is None else settings.seed
+    return SamplingParams.create(
+        rows,
+        temperature=_first_given(settings.temperature, own_temperature),
+        presence_penalty=settings.presence_penalty,
+        frequency_penalty=settings.frequency_penalty,
+        seed=[(seed + first_row + row) % SEEDS for row in range(rows)],
+        **{name: value for name, value in knobs.items() if value is not None},
+    )
+
+
+def _encode(model: Model, prompt: Prompt) -> Sequence[int]:
+    """The ids of a prompt; of an empty one, the token that begins a text."""
+    tokenizer = model.tokenizer
+    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+    if ids:
+        return ids
+    bos = _first_given(tokenizer.bos_id, *_as_list(model.generation.get("bos_token_id")))
+    if bos is None:
+        raise ValueError("a prompt is empty, and this model has no token that begins a text")
+    return [bos]
+
+
+def _split_stops(stops: Sequence[str], tokenizer: Tokenizer) -> tuple[list[int], list[str]]:
+    """The ids of stop strings that are special tokens, which never show in the text, and the other stop strings."""
+    special = {tokenizer.token(i): i for i in tokenizer.special_ids}
+    return [special[stop] for stop in stops if stop in special], [stop for stop in stops if stop not in special]
+
+
+def _first_given(*values: Any) -> Any:
+    return next((value for value in values if value is not None), None)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return [] if value is None else value if isinstance(value, list) else [value]
