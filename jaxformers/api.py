@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,10 @@ from jax.sharding import Mesh
 
 from jaxformers.data.tokenizer import Tokenizer, load_tokenizer
 from jaxformers.families import read_config
-from jaxformers.hub.pretrained import Pretrained, read_pretrained, write_pretrained
+from jaxformers.hub.convert import import_params
+from jaxformers.hub.pretrained import read_generation_config, write_pretrained
 from jaxformers.hub.resolve import classify, resolve
+from jaxformers.hub.safetensors import open_tensors
 from jaxformers.models.config import ModelConfig
 from jaxformers.models.params import Params, model_spec
 from jaxformers.parallel.mesh import MeshConfig, make_mesh, param_shardings, single_device_mesh
@@ -48,26 +49,70 @@ def load(ref: str | Path, *, mesh: Mesh | MeshConfig | None = None, dtype: str |
 
     ValueError in one line for whatever keeps it from being loaded.
     """
+    _check_dtype(dtype)
+    found = find_model(ref)
+    mesh = make_mesh(mesh) if isinstance(mesh, MeshConfig) else mesh or single_device_mesh()
+    params = found.read_params(mesh, dtype=dtype)
+    compute = dtype or _default_compute_dtype(params, mesh)
+    return Model(found.config, params, found.tokenizer, mesh, compute, found.generation)
+
+
+@dataclass(frozen=True)
+class FoundModel:
+    """A model whose weights have not been read yet. tensors are those of a Hugging Face directory, step a run's."""
+
+    path: Path
+    config: ModelConfig
+    tokenizer: Tokenizer | None
+    generation: dict[str, Any]
+    tensors: dict[str, np.ndarray] | None = None
+    step: int | None = None
+
+    def read_params(self, mesh: Mesh, *, dtype: str | None = None) -> Params:
+        """The parameters, each tensor straight into its place on the mesh; dtype None keeps them as stored."""
+        places = param_shardings(model_spec(self.config), mesh)
+        with jax.set_mesh(mesh):
+            if self.tensors is not None:
+                return import_params(self.config, self.tensors, shardings=places, dtype=dtype)
+            abstract = jax.tree.map(
+                lambda spec, place: jax.ShapeDtypeStruct(spec.shape, dtype or np.float32, sharding=place),
+                model_spec(self.config),
+                places,
+            )
+            assert self.step is not None
+            with Checkpointer(self.path) as checkpoints:
+                return checkpoints.restore_params(self.step, abstract)
+
+
+def find_model(ref: str | Path) -> FoundModel:
+    """What `ref` means, told from everything but its weights. ValueError as `load` raises it."""
+    path = resolve(ref)
+    match classify(path):
+        case "huggingface":
+            generation = read_generation_config(path)
+            return FoundModel(path, read_config(path), _tokenizer_at(path), generation, tensors=open_tensors(path))
+        case "run":
+            return _find_run(path, None)
+        case "checkpoint":
+            return _find_run(path.absolute().parent.parent, int(path.absolute().name))
+        case kind:
+            raise ValueError(f"{ref} is a {kind} file, which cannot be loaded as a model; name its directory")
+
+
+def _find_run(run: Path, step: int | None) -> FoundModel:
+    """A run's checkpoint, the newest one unless a step is named."""
+    with Checkpointer(run) as checkpoints:
+        step = checkpoints.latest_step if step is None else step
+        if step is None:
+            raise ValueError(f"{run} has no checkpoint yet")
+        meta = checkpoints.meta(step)
+    tokenizer = _tokenizer_at(run / TOKENIZER_FOLDER)
+    return FoundModel(run, read_config(meta["model"]), tokenizer, meta.get("generation", {}), step=step)
+
+
+def _check_dtype(dtype: str | None) -> None:
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not known; it is one of {', '.join(DTYPES)}")
-    path = resolve(ref)
-    kind = classify(path)
-    mesh = make_mesh(mesh) if isinstance(mesh, MeshConfig) else mesh or single_device_mesh()
-    with jax.set_mesh(mesh):
-        if kind == "huggingface":
-            found, tokenizer_path = read_pretrained(path, shardings=_placed_on(mesh), dtype=dtype), path
-        elif kind in ("run", "checkpoint"):
-            run = path if kind == "run" else path.parent.parent
-            found = _read_run(run, None if kind == "run" else int(path.name), mesh, dtype)
-            tokenizer_path = run / TOKENIZER_FOLDER
-        else:
-            raise ValueError(f"{ref} is a {kind} file, which cannot be loaded as a model; name its directory")
-    compute = dtype or _default_compute_dtype(found.params, mesh)
-    return Model(found.config, found.params, _tokenizer_at(tokenizer_path), mesh, compute, found.generation)
-
-
-def _placed_on(mesh: Mesh) -> Callable[[ModelConfig], Params]:
-    return lambda cfg: param_shardings(model_spec(cfg), mesh)
 
 
 def _default_compute_dtype(params: Params, mesh: Mesh) -> str:
@@ -80,22 +125,6 @@ def _tokenizer_at(path: Path) -> Tokenizer | None:
     return load_tokenizer(path) if (path / "tokenizer.json").is_file() else None
 
 
-def _read_run(run: Path, step: int | None, mesh: Mesh, dtype: str | None) -> Pretrained:
-    """Config and parameters of a run's checkpoint, the newest one unless a step is named."""
-    with Checkpointer(run) as checkpoints:
-        step = checkpoints.latest_step if step is None else step
-        if step is None:
-            raise ValueError(f"{run} has no checkpoint yet")
-        meta = checkpoints.meta(step)
-        cfg = read_config(meta["model"])
-        abstract = jax.tree.map(
-            lambda spec, place: jax.ShapeDtypeStruct(spec.shape, dtype or np.float32, sharding=place),
-            model_spec(cfg),
-            param_shardings(model_spec(cfg), mesh),
-        )
-        return Pretrained(cfg, checkpoints.restore_params(step, abstract), meta.get("generation", {}))
-
-
 def save_pretrained(
     model: Model, directory: str | Path, *, dtype: str | None = None, max_shard_bytes: int = 5_000_000_000
 ) -> None:
@@ -103,8 +132,7 @@ def save_pretrained(
 
     dtype: of the written weights; None keeps the parameters' own.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is not known; it is one of {', '.join(DTYPES)}")
+    _check_dtype(dtype)
     if model.tokenizer is not None:
         model.tokenizer.save(Path(directory))
     write_pretrained(

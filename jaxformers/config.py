@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -44,7 +44,9 @@ class RunConfig(BaseModel):
         "reference (Hugging Face directory, hub id, run directory) to go on from its weights."
     )
     seed: int = Field(0, ge=0, lt=2**31, description="Of the initial parameters.")
-    tokenizer: TokenizerConfig = TokenizerConfig()
+    tokenizer: TokenizerConfig | None = Field(
+        None, description="null: the pretrained model's own, or without one the default, which is trained on the data."
+    )
     data: DataConfig
     mesh: MeshConfig = MeshConfig()
     runtime: RuntimeConfig = RuntimeConfig()
@@ -57,7 +59,7 @@ class RunConfig(BaseModel):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with the numbers of version 1.2 (`3e-4` is a float) and no key given twice."""
+    """YAML with the plain scalars of version 1.2 (`3e-4` is a float, `no` a text) and no key given twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -66,13 +68,26 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
+    def construct_whole_number(self, node: yaml.ScalarNode) -> int:
+        text = self.construct_scalar(node)
+        return int(text, 0) if text.startswith(("0x", "0o")) else int(text)
 
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:float"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+
+# The core schema (https://yaml.org/spec/1.2.2/#103-core-schema), with `_` between digits as in Python.
+_SCALARS = {
+    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    "int": (r"[-+]?\d+(_\d+)*|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    "float": (
+        r"[-+]?(\.\d+|\d+(_\d+)*(\.\d*)?)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+    "merge": (r"<<", ["<"]),
 }
-_FLOAT = r"""^[-+]?(\.inf|\.Inf|\.INF|\d+\.\d*|(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+|\.\d+)$|^(\.nan|\.NaN|\.NAN)$"""
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT), list("-+0123456789."))
+_Loader.yaml_implicit_resolvers = {}
+for _name, (_pattern, _first) in _SCALARS.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), _first)
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_whole_number)
 
 
 def parse_yaml(text: str, *, name: str) -> Any:
@@ -149,20 +164,28 @@ def explain(error: ValidationError) -> str:
 
 def _keys(path: tuple[int | str, ...]) -> Iterator[str]:
     """The part of an error's location that a config file spells: behind a leaf come pydantic's own names of types."""
-    node: Any = RunConfig
+    section: type[BaseModel] | None = RunConfig
     for part in path:
         yield str(part)
-        if not (isinstance(node, type) and issubclass(node, BaseModel) and part in node.model_fields):
+        if section is None or part not in section.model_fields:
             return
-        node = node.model_fields[part].annotation
+        section = _section(section.model_fields[part].annotation)
 
 
 def _model_at(path: tuple[int | str, ...]) -> type[BaseModel]:
     """The section of the config at a path of keys."""
-    node: Any = RunConfig
+    section: type[BaseModel] = RunConfig
     for part in path:
-        node = node.model_fields[part].annotation
-    return node
+        found = _section(section.model_fields[part].annotation)
+        assert found is not None
+        section = found
+    return section
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The section that a key holds, also where it may be null; None for a key that holds a value."""
+    kinds = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
+    return next((kind for kind in kinds if issubclass(kind, BaseModel)), None)
 
 
 def dump_yaml(config: RunConfig) -> str:

@@ -9,15 +9,18 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import grain
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from rich.console import Console
 from rich.progress import Progress
 
-from jaxformers.api import TOKENIZER_FOLDER, Model, load
+from jaxformers.api import TOKENIZER_FOLDER, FoundModel, Model, find_model
 from jaxformers.config import RunConfig, dump_yaml, load_config
+from jaxformers.data.config import TokenizerConfig
 from jaxformers.data.corpus import Corpus, CorpusReport, build_tokenizer, open_corpus
 from jaxformers.data.pipeline import process_share, to_global, train_iterator, validation_batches
+from jaxformers.data.rows import Row
 from jaxformers.data.tokenizer import Tokenizer, check_vocabulary
 from jaxformers.families import read_config
 from jaxformers.generation import generate
@@ -28,6 +31,7 @@ from jaxformers.train.build import Trainer
 from jaxformers.train.checkpoint import Checkpointer
 from jaxformers.train.loop import Result, train
 from jaxformers.train.monitor import Display, MetricsFile, TensorBoard, Trackers
+from jaxformers.train.state import TrainState
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Setup:
 
     config: RunConfig
     trainer: Trainer
-    pretrained: Model | None = None
+    pretrained: FoundModel | None = None
 
     @property
     def cfg(self) -> ModelConfig:
@@ -66,7 +70,7 @@ def prepare_run(config: RunConfig) -> Setup:
     pretrained = None
     mesh = make_mesh(config.mesh)
     if isinstance(config.model, str):
-        pretrained = load(config.model, mesh=mesh, dtype="float32")
+        pretrained = find_model(config.model)
         cfg = pretrained.config
     else:
         cfg = read_config(config.model)
@@ -147,9 +151,12 @@ def fit(
             _check_same_model(checkpoints, resume_step, setup.cfg, tokenizer)
         corpus = _open_corpus(config, tokenizer, console)
         _say_corpus(corpus.report, console)
+        feed = _feed(setup, corpus)
+        state = _first_state(setup, checkpoints, resume_step, feed.batches, console)
+        # Only now is it certain that the run may go on here: what it says of itself is left as it was until then.
         tokenizer.save(run_dir / TOKENIZER_FOLDER)
         (run_dir / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
-        result = _run(setup, corpus, checkpoints, resume_step, meta, run_dir, console)
+        result = _run(setup, state, feed, checkpoints, meta, run_dir, console)
     model = Model(setup.cfg, result.state.params, tokenizer, setup.mesh, config.runtime.dtype, meta["generation"])
     samples = tuple(_samples(model, config)) if result.stopped is None else ()
     return FitResult(run_dir, model, result.step, result.metrics, result.validation, samples, result.stopped)
@@ -166,12 +173,14 @@ def _resume_step(config: RunConfig, checkpoints: Checkpointer) -> int | None:
 
 
 def _tokenizer(setup: Setup) -> Tokenizer:
-    """The config's tokenizer, or the pretrained model's own where the config leaves it open."""
+    """The config's tokenizer; where it names none, the pretrained model's own, or one trained on the data."""
     config = setup.config
-    if setup.pretrained is not None and setup.pretrained.tokenizer and "tokenizer" not in config.model_fields_set:
-        tokenizer = setup.pretrained.tokenizer
+    if config.tokenizer is not None or setup.pretrained is None:
+        tokenizer = build_tokenizer(config.tokenizer or TokenizerConfig(), config.data)
+    elif setup.pretrained.tokenizer is None:
+        raise ValueError(f"{setup.pretrained.path} holds no tokenizer; set one under the key 'tokenizer'")
     else:
-        tokenizer = build_tokenizer(config.tokenizer, config.data)
+        tokenizer = setup.pretrained.tokenizer
     check_vocabulary(tokenizer, setup.cfg.vocab_size)
     return tokenizer
 
@@ -226,42 +235,66 @@ def _say_corpus(report: CorpusReport, console: Console) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _run(
+@dataclass(frozen=True)
+class Feed:
+    """A run's batches, and how they are laid out on its mesh."""
+
+    batches: grain.DatasetIterator[Row]
+    validation: Sequence[Row]
+    spec: PartitionSpec
+
+
+def _feed(setup: Setup, corpus: Corpus) -> Feed:
+    config = setup.config
+    spec = batch_sharding((config.train.batch_size, config.data.sequence_length), setup.mesh).spec
+    share = process_share(setup.mesh, spec)
+    shares = {"batch_size": config.train.batch_size, "process_index": share.index, "process_count": share.count}
+    validation: Sequence[Row] = ()
+    if config.train.eval_batches and len(corpus.validation):
+        validation = validation_batches(corpus.validation, max_batches=config.train.eval_batches, **shares)
+    return Feed(train_iterator(corpus.train, **shares), validation, spec)
+
+
+def _first_state(
     setup: Setup,
-    corpus: Corpus,
     checkpoints: Checkpointer,
     resume_step: int | None,
+    batches: grain.DatasetIterator[Row],
+    console: Console,
+) -> TrainState:
+    """The state to begin with, restored (`batches` are then moved to where they were), pretrained or random."""
+    config, trainer = setup.config, setup.trainer
+    if resume_step is not None:
+        state = checkpoints.restore(resume_step, trainer.plain_state, batches)
+        console.print(f"resuming from step {resume_step}", highlight=False, markup=False)
+        return trainer.from_plain(state)
+    if setup.pretrained is not None:
+        return trainer.from_params(setup.pretrained.read_params(setup.mesh, dtype="float32"), config.seed)
+    return trainer.init(config.seed)
+
+
+def _run(
+    setup: Setup,
+    state: TrainState,
+    feed: Feed,
+    checkpoints: Checkpointer,
     meta: dict[str, Any],
     run_dir: Path,
     console: Console,
 ) -> Result:
-    """The loop, around a fresh or restored state."""
-    config, trainer, mesh = setup.config, setup.trainer, setup.mesh
-    spec = batch_sharding((config.train.batch_size, config.data.sequence_length), mesh).spec
-    share = process_share(mesh, spec)
-    feed = {"batch_size": config.train.batch_size, "process_index": share.index, "process_count": share.count}
-    batches = train_iterator(corpus.train, **feed)
-    validation: Sequence[Any] = ()
-    if config.train.eval_batches and len(corpus.validation):
-        validation = validation_batches(corpus.validation, max_batches=config.train.eval_batches, **feed)
-    if resume_step is not None:
-        state = trainer.from_plain(checkpoints.restore(resume_step, trainer.plain_state, batches))
-        console.print(f"resuming from step {resume_step}", highlight=False, markup=False)
-    elif setup.pretrained is not None:
-        state = trainer.from_params(setup.pretrained.params, config.seed)
-    else:
-        state = trainer.init(config.seed)
+    """The loop, with all that watches it."""
+    config, first_step = setup.config, int(state.step)
     others = [TensorBoard(run_dir)] if config.train.tensorboard else []
-    trackers = Trackers([MetricsFile(run_dir, resume_step=resume_step or 0), *others])
-    display = Display(first_step=resume_step or 0, steps=config.train.steps, console=console)
+    trackers = Trackers([MetricsFile(run_dir, resume_step=first_step), *others])
+    display = Display(first_step=first_step, steps=config.train.steps, console=console)
     try:
         return train(
-            trainer.program,
+            setup.trainer.program,
             state,
-            batches,
-            validation,
+            feed.batches,
+            feed.validation,
             config.train,
-            place=lambda batch: to_global(batch, mesh, spec),
+            place=lambda batch: to_global(batch, setup.mesh, feed.spec),
             checkpointer=checkpoints,
             meta=meta,
             trackers=trackers,

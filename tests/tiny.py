@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxformers.models.params import Params
+from jaxformers.models.config import ModelConfig
+from jaxformers.models.params import Params, ParamSpec, model_spec
 
 LLAMA = {
     "model_type": "llama",
@@ -42,12 +42,18 @@ def packed_batch(rows: int, length: int = 32, *, vocab_size: int = 64, seed: int
     return batch
 
 
-def perturbed(params: Params, *, seed: int = 0) -> Params:
-    """The parameters moved off their initial zeros and ones, which hide a missing bias or norm."""
-    leaves, tree = jax.tree.flatten(params)
+def random_params(cfg: ModelConfig, *, seed: int = 0) -> Params:
+    """Parameters as numpy arrays, made without a compiler; no norm or bias is at its initial one or zero, which would
+    hide that it is missing."""
     draw = np.random.default_rng(seed)
-    moved = [np.asarray(a) + 0.1 * draw.standard_normal(a.shape, dtype=np.float32) for a in leaves]
-    return jax.tree.map(jnp.asarray, jax.tree.unflatten(tree, moved))
+
+    def make(spec: ParamSpec) -> np.ndarray:
+        noise = draw.standard_normal(spec.shape, dtype=np.float32)
+        if spec.init in ("zeros", "ones"):
+            return 0.1 * noise + np.float32(spec.init == "ones")
+        return noise * np.float32(spec.fan_in**-0.5)
+
+    return jax.tree.map(make, model_spec(cfg))
 
 
 def relative_error(ours: Any, truth: Any) -> float:

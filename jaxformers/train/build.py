@@ -6,8 +6,10 @@ fastest from on CPU; whatever leaves a run (checkpoints, exports, users' models)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -63,8 +65,7 @@ class Trainer:
 
     def check(self) -> None:
         """ValueError for settings that do not fit each other, before anything is compiled."""
-        assert self.learning_rate
-        assert self._runtime
+        _ = self.learning_rate, self._runtime
 
     @cached_property
     def learning_rate(self) -> optax.Schedule:
@@ -116,13 +117,13 @@ class Trainer:
         def make(params: Params, key: jax.Array) -> TrainState:
             return new_state(self._inward(params), self.tx, key, ema=self._ema)
 
-        return jax.jit(make, out_shardings=self._places, donate_argnums=0)(params, jax.random.key(seed))
+        return jax.jit(make, out_shardings=self._places, donate_argnums=self._donated)(params, jax.random.key(seed))
 
     def from_plain(self, state: TrainState) -> TrainState:
         """The state to run from, of one in the form that checkpoints hold, which is used up."""
         if not self._unrolled:
             return state
-        return jax.jit(partial(map_params, self._inward), out_shardings=self._places, donate_argnums=0)(state)
+        return jax.jit(partial(map_params, self._inward), out_shardings=self._places)(state)
 
     def to_plain(self, state: TrainState) -> TrainState:
         """The form that checkpoints hold, of a state to run from, which stays."""
@@ -131,18 +132,20 @@ class Trainer:
         outward = partial(map_params, partial(stack, cfg=self.cfg))
         return jax.jit(outward, out_shardings=state_shardings(self.plain_state))(state)
 
+    @property
+    def _donated(self) -> tuple[int, ...]:
+        """Buffers of the plain tree can only be used again where the state keeps its form."""
+        return () if self._unrolled else (0,)
+
     def _inward(self, params: Params) -> Params:
         return unstack(params, self.cfg) if self._unrolled else params
 
     @cached_property
     def program(self) -> Program:
         """The compiled step and evaluation, with what the loop needs to know of their cost."""
-        rows = self.train.batch_size // self.train.accumulation
-        vocab, length = self.cfg.vocab_size, self.sequence_length
-        chunk = chunk_length(self.loss, rows=rows, length=length, vocab_size=vocab, devices=self.mesh.size)
-        settings = {"cfg": self.cfg, "runtime": self._runtime, "config": self.loss, "chunk": chunk}
+        rows = self.train.batch_size
         step = make_train_step(
-            partial(lm_loss, **settings),
+            self._with_settings(lm_loss, rows=rows // self.train.accumulation),
             self.tx,
             self.learning_rate,
             accumulation=self.train.accumulation,
@@ -152,9 +155,16 @@ class Trainer:
         peak = peak_flops(self.mesh.devices.flat[0], self.runtime.dtype)
         return Program(
             step=jax.jit(step, donate_argnums=0, out_shardings=(self._places, None)),
-            evaluate=jax.jit(partial(eval_sums, **settings)),
+            # An evaluation takes the whole batch at once.
+            evaluate=jax.jit(self._with_settings(eval_sums, rows=rows)),
             to_plain=self.to_plain,
-            tokens_per_step=self.train.batch_size * length,
-            flops_per_token=flops_per_token(self.cfg, length),
+            tokens_per_step=rows * self.sequence_length,
+            flops_per_token=flops_per_token(self.cfg, self.sequence_length),
             peak_flops=None if peak is None else peak * self.mesh.size,
         )
+
+    def _with_settings(self, function: Callable[..., Any], *, rows: int) -> Callable[..., Any]:
+        """The function with what this run's settings say, for `rows` at a time."""
+        length, vocab = self.sequence_length, self.cfg.vocab_size
+        chunk = chunk_length(self.loss, rows=rows, length=length, vocab_size=vocab, devices=self.mesh.size)
+        return partial(function, cfg=self.cfg, runtime=self._runtime, config=self.loss, chunk=chunk)

@@ -33,7 +33,7 @@ class MetricsFile:
         path = run_dir / METRICS_FILE
         kept = [line for line in _lines(path) if _step(line) <= resume_step] if resume_step else []
         temporary = path.with_suffix(".writing")
-        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         temporary.replace(path)
         self._file = path.open("a", encoding="utf-8")
 
@@ -47,7 +47,7 @@ class MetricsFile:
 
 
 def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
 
 
 def _step(line: str) -> float:

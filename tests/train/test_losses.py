@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import LLAMA, packed_batch, perturbed, relative_error
+from tiny import LLAMA, packed_batch, random_params, relative_error
 
 from jaxformers.families import read_config
 from jaxformers.models.decoder import hidden_states
-from jaxformers.models.params import init_params
 from jaxformers.models.runtime import Runtime
 from jaxformers.train.config import LossConfig
 from jaxformers.train.losses import Totals, chunk_length, head_loss, lm_loss, token_sums
@@ -27,10 +26,6 @@ MOE = {
 
 def draw(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-def params_of(cfg):
-    return perturbed(jax.jit(lambda key: init_params(cfg, key))(jax.random.key(0)))
 
 
 def test_token_sums_are_cross_entropy_z_and_accuracy_over_weighted_targets():
@@ -75,7 +70,7 @@ HEADS = {
 @pytest.mark.parametrize("head", HEADS)
 def test_a_loss_in_chunks_has_the_value_and_gradients_of_the_loss_at_once(head):
     cfg = read_config(LLAMA | {"vocab_size": 61} | HEADS[head])
-    params = params_of(cfg)
+    params = random_params(cfg)
     head = {name: params[name] for name in ("embed", "final_norm", "lm_head") if name in params}
     batch = jax.tree.map(jnp.asarray, packed_batch(2, 12, vocab_size=61))
     x = jnp.asarray(draw(2, 12, cfg.d_model))
@@ -110,10 +105,11 @@ def test_auto_chunks_only_where_logits_would_pass_a_gibibyte_a_device():
 
 def test_the_loss_is_cross_entropy_and_z_a_target_and_the_experts_losses_a_token_and_sparse_layer():
     cfg = read_config(MOE)
-    params, batch = params_of(cfg), jax.tree.map(jnp.asarray, packed_batch(3))
+    params, batch = random_params(cfg), jax.tree.map(jnp.asarray, packed_batch(3))
     config = LossConfig(z_loss=0.01, balance_loss=0.5, router_z_loss=0.25, chunk="none")
-    loss, sums = lm_loss(params, batch, Totals.of(batch), cfg, Runtime(), config)
-    hidden = hidden_states(params, cfg, batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"])
+    places = {"positions": batch["positions"], "segment_ids": batch["segment_ids"]}
+    loss, sums = jax.jit(partial(lm_loss, cfg=cfg, runtime=Runtime(), config=config))(params, batch, Totals.of(batch))
+    hidden = jax.jit(lambda params: hidden_states(params, cfg, batch["tokens"], **places))(params)
     targets, tokens, layers = batch["weights"].sum(), (batch["segment_ids"] > 0).sum(), cfg.num_layers
     truth = (
         float(sums.nll / targets)
@@ -129,7 +125,7 @@ def test_the_loss_is_cross_entropy_and_z_a_target_and_the_experts_losses_a_token
 
 def test_padding_and_other_documents_change_no_loss():
     cfg = read_config(LLAMA | {"vocab_size": 64, "num_hidden_layers": 1})
-    params, batch = params_of(cfg), packed_batch(2, 24)
+    params, batch = random_params(cfg), packed_batch(2, 24)
     value = jax.jit(partial(lm_loss, cfg=cfg, runtime=Runtime(), config=LossConfig(chunk="none")))
     batch["segment_ids"][:, 20:] = batch["positions"][:, 20:] = 0
     batch["weights"][:, 20:] = 0
@@ -144,7 +140,7 @@ def test_padding_and_other_documents_change_no_loss():
 
 def test_a_batch_of_padding_alone_has_a_loss_and_gradients_of_zero():
     cfg = read_config(MOE)
-    params = params_of(cfg)
+    params = random_params(cfg)
     batch = {name: jnp.zeros_like(values) for name, values in packed_batch(2).items()}
     evaluate = jax.jit(
         jax.value_and_grad(partial(lm_loss, cfg=cfg, runtime=Runtime(), config=LossConfig(z_loss=0.1)), has_aux=True)
@@ -156,7 +152,7 @@ def test_a_batch_of_padding_alone_has_a_loss_and_gradients_of_zero():
 
 def test_bfloat16_computes_near_float32_and_gives_float32_gradients():
     cfg = read_config(LLAMA | {"vocab_size": 64, "num_hidden_layers": 1})
-    params, batch = params_of(cfg), jax.tree.map(jnp.asarray, packed_batch(4))
+    params, batch = random_params(cfg), jax.tree.map(jnp.asarray, packed_batch(4))
 
     def evaluate(dtype):
         loss = partial(lm_loss, cfg=cfg, runtime=Runtime(dtype=dtype), config=LossConfig())
@@ -172,7 +168,7 @@ def test_bfloat16_computes_near_float32_and_gives_float32_gradients():
 
 def test_every_remat_policy_has_the_same_gradients_and_full_needs_less_memory():
     cfg = read_config(LLAMA | {"vocab_size": 64, "num_hidden_layers": 4})
-    params, batch = params_of(cfg), jax.tree.map(jnp.asarray, packed_batch(8, 64))
+    params, batch = random_params(cfg), jax.tree.map(jnp.asarray, packed_batch(8, 64))
     found, memory = {}, {}
     for remat in ("none", "full", "dots", "projections"):
         loss = partial(lm_loss, cfg=cfg, runtime=Runtime(remat=remat), config=LossConfig())
