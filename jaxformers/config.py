@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args
@@ -62,7 +62,7 @@ class _Loader(yaml.SafeLoader):
     """YAML with the plain scalars of version 1.2 (`3e-4` is a float, `no` a text) and no key given twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if not key.tag.endswith(":merge")]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", node.start_mark)
@@ -88,6 +88,14 @@ _Loader.yaml_implicit_resolvers = {}
 for _name, (_pattern, _first) in _SCALARS.items():
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), _first)
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_whole_number)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes a text that either version of YAML would read as something else."""
+
+
+for _name, (_pattern, _first) in _SCALARS.items():
+    _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), _first)
 
 
 def parse_yaml(text: str, *, name: str) -> Any:
@@ -147,8 +155,8 @@ def _override(values: dict[str, Any], override: str) -> None:
 
 def explain(error: ValidationError) -> str:
     """A validation error's first complaint in one line."""
-    first = error.errors(include_url=False)[0]
-    place = ".".join(_keys(first["loc"]))
+    errors = error.errors(include_url=False)
+    first, place = errors[0], _place(errors[0]["loc"])
     match first["type"]:
         case "extra_forbidden":
             known = sorted(_model_at(first["loc"][:-1]).model_fields)
@@ -159,17 +167,23 @@ def explain(error: ValidationError) -> str:
             return f"the required key {place!r} is missing"
         case "value_error":
             return f"{place}: {first['ctx']['error']}" if place else str(first["ctx"]["error"])
-    return f"{place} is {first['input']!r}; {first['msg'][0].lower()}{first['msg'][1:]}"
+        case "model_type":
+            example = min(_model_at(first["loc"]).model_fields)
+            return f"{place} is {first['input']!r}; it must hold keys, such as {example}"
+    # A key that may be of several kinds has a complaint from each.
+    reasons = dict.fromkeys(e["msg"][0].lower() + e["msg"][1:] for e in errors if _place(e["loc"]) == place)
+    return f"{place} is {first['input']!r}; {', or '.join(reasons)}"
 
 
-def _keys(path: tuple[int | str, ...]) -> Iterator[str]:
-    """The part of an error's location that a config file spells: behind a leaf come pydantic's own names of types."""
-    section: type[BaseModel] | None = RunConfig
+def _place(path: tuple[int | str, ...]) -> str:
+    """An error's location as the config file spells it: behind a key come indices, and pydantic's names of types."""
+    place, section = [], RunConfig
     for part in path:
-        yield str(part)
-        if section is None or part not in section.model_fields:
-            return
-        section = _section(section.model_fields[part].annotation)
+        if section is not None or isinstance(part, int):
+            place.append(str(part))
+        field = section.model_fields.get(str(part)) if section is not None else None
+        section = None if field is None else _section(field.annotation)
+    return ".".join(place)
 
 
 def _model_at(path: tuple[int | str, ...]) -> type[BaseModel]:
@@ -190,7 +204,7 @@ def _section(annotation: Any) -> type[BaseModel] | None:
 
 def dump_yaml(config: RunConfig) -> str:
     """The config with every default written out; loading it gives the config back."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def json_schema() -> dict[str, Any]:
