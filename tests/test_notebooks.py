@@ -1,0 +1,93 @@
+"""Every notebook runs from its first cell to its last, keeps its outputs, and tells nothing of where it was run."""
+
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+from nbformat import NotebookNode
+
+FOLDER = Path(__file__).parent.parent / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+NEEDS_NO_TRAINING = ("jf.read_config({", "jf.model_spec(", "jf.make_mesh(")  # equal on every machine
+
+
+def named(notebooks: list[Path]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("path", notebooks, ids=lambda path: path.stem)
+
+
+def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def text_of(cell: NotebookNode) -> str:
+    """All that a cell put out as text, printed or shown."""
+    return "".join(
+        output.text if output.output_type == "stream" else output.data.get("text/plain", "") for output in cell.outputs
+    )
+
+
+def images_of(cell: NotebookNode) -> list[str]:
+    return [output.data["image/png"] for output in cell.outputs if "image/png" in output.get("data", {})]
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory) -> dict[Path, NotebookNode]:
+    """The notebooks after a run of their own in an empty folder. A cell that fails raises here, with its traceback."""
+    runs = {}
+    for path in NOTEBOOKS:
+        runs[path] = nbformat.read(path, as_version=4)
+        folder = tmp_path_factory.mktemp(path.stem)
+        client = NotebookClient(
+            runs[path],
+            timeout=900,
+            kernel_name="python3",
+            coalesce_streams=True,
+            resources={"metadata": {"path": str(folder)}},
+        )
+        client.execute()
+        assert list(folder.iterdir()) == [], f"{path.name} leaves files where it is run"
+    return runs
+
+
+def test_there_is_a_quickstart():
+    assert FOLDER / "quickstart.ipynb" in NOTEBOOKS
+
+
+@named(NOTEBOOKS)
+def test_a_notebook_is_valid_and_was_run_in_order(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    counts = [cell.execution_count for cell in code_cells(notebook)]
+    assert counts == list(range(1, len(counts) + 1))
+
+
+@named(NOTEBOOKS)
+def test_the_committed_outputs_are_there_and_hold_no_error_and_no_path_of_a_machine(path):
+    cells = code_cells(nbformat.read(path, as_version=4))
+    assert all(cell.outputs for cell in cells), "a cell has no output"
+    assert any(images_of(cell) for cell in cells), "no plot is kept"
+    for cell in cells:
+        assert all(output.output_type != "error" for output in cell.outputs)
+        assert all(output.get("name") != "stderr" for output in cell.outputs), text_of(cell)
+        assert not re.search(r"/(tmp|home|root|Users|opt|work|var)/", text_of(cell)), text_of(cell)
+
+
+@named(NOTEBOOKS)
+def test_a_fresh_run_puts_out_what_the_committed_one_did(path, executed):
+    committed, fresh = code_cells(nbformat.read(path, as_version=4)), code_cells(executed[path])
+    for before, after in zip(committed, fresh, strict=True):
+        assert {output.output_type for output in after.outputs} == {output.output_type for output in before.outputs}
+        assert len(images_of(after)) == len(images_of(before))
+        if any(call in before.source for call in NEEDS_NO_TRAINING):
+            assert text_of(after) == text_of(before)
+
+
+def test_the_quickstart_learns_and_its_export_is_what_was_trained(executed):
+    told = "\n".join(text_of(cell) for cell in code_cells(executed[FOLDER / "quickstart.ipynb"]))
+    by_hand = [float(loss) for loss in re.findall(r"^step +\d+ +loss ([\d.]+)", told, re.MULTILINE)]
+    assert by_hand[0] > 6 > 1 > by_hand[-1]
+    assert float(re.search(r"validation loss ([\d.]+)", told)[1]) < 5.5  # log(1024) = 6.93 before the first step
+    assert "model.safetensors" in told
+    assert "on 1 device and on 8 alike: True" in told
