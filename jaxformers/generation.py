@@ -64,7 +64,7 @@ class Settings:
 
     @property
     def stop_texts(self) -> tuple[str, ...]:
-        return (self.stop,) if isinstance(self.stop, str) and self.stop else tuple(self.stop)
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
 
 class Piece(NamedTuple):

@@ -60,10 +60,12 @@ def linear(
 
 
 def _weight_left(matrix: jax.Array, x: jax.Array) -> jax.Array:
-    """matrix [out, in] times rows x [M, in] -> float32 [M, out], with the matrix as the left operand."""
+    """matrix [out, in] times rows x [M, in] -> float32 [M, out]; few rows with the matrix as the left operand."""
     contract = ((1,), (1,))
+    if x.shape[0] > FEW_ROWS:
+        return lax.dot_general(x, matrix.astype(x.dtype), (contract, ((), ())), preferred_element_type=jnp.float32)
     y = lax.dot_general(matrix.astype(x.dtype), x, (contract, ((), ())), preferred_element_type=jnp.float32)
-    return lax.optimization_barrier(y).T  # or XLA swaps the operands back to save the transpose
+    return lax.optimization_barrier(y).T  # without the barrier, XLA swaps the operands back to save the transpose
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
