@@ -22,6 +22,14 @@ from jaxformers.parallel.mesh import single_device_mesh
 BYTES = byte_tokenizer()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    """Programs here run for a moment, so compiling them is all they cost."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def speller(text, *, ending=BYTES.eos_id, **fields):
     """A model that follows each byte of `text`, all of them different, by the next one, and the last by `ending`.
 
