@@ -9,12 +9,17 @@ resolved run config and what else the caller wants checked at a resume.
 from __future__ import annotations
 
 import logging
+import os
+import re
+import shutil
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import grain
+import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import args as ocp_args
 
@@ -22,8 +27,8 @@ from jaxformers.models.params import Params
 from jaxformers.train.config import CheckpointConfig
 from jaxformers.train.state import TrainState
 
-log = logging.getLogger(__name__)
 FOLDER = "checkpoints"
+SPARE_BYTES = 2**20  # beside a checkpoint's arrays: metadata, and what the run writes meanwhile
 
 
 class CheckpointError(ValueError):
@@ -37,7 +42,8 @@ class Checkpointer:
     """
 
     def __init__(self, run_dir: str | Path, config: CheckpointConfig | None = None):
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        # What goes wrong in Orbax is raised here as one line; its threads would log a stack of tracebacks as well.
+        logging.getLogger("absl").setLevel(logging.CRITICAL + 1)
         self.folder = Path(run_dir).absolute() / FOLDER
         self._config = config or CheckpointConfig(every_steps=None)
         options = (
@@ -52,6 +58,7 @@ class Checkpointer:
         except OSError as error:
             raise CheckpointError(f"cannot use {self.folder}: {error.strerror or error}") from None
         self._saved_at = time.monotonic()
+        self._writing: int | None = None
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -59,7 +66,8 @@ class Checkpointer:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.wait()
-        self._manager.close()
+        with suppress(Exception):  # the failure that a save in the background may end in; another one is on its way
+            self._manager.close()
 
     @property
     def latest_step(self) -> int | None:
@@ -80,16 +88,19 @@ class Checkpointer:
         step = int(state.step)
         if step == self.latest_step:
             return
+        self.wait()
+        self._check_room(step, state)
         items = ocp_args.Composite(
             state=ocp_args.StandardSave(state),
             # As JSON and not through Grain's own handler, whose file names depend on the number of processes.
             data=ocp_args.JsonSave(data.get_state()),
             meta=ocp_args.JsonSave(dict(meta)),
         )
+        self._writing = step
         try:
             self._manager.save(step, args=items, force=True)
         except Exception as error:
-            raise self._cannot_save(step, error) from error
+            raise self._cannot_save(_reason(error)) from error
         self._saved_at = time.monotonic()
 
     def wait(self) -> None:
@@ -97,16 +108,22 @@ class Checkpointer:
         try:
             self._manager.wait_until_finished()
         except Exception as error:
-            raise self._cannot_save(self.latest_step, error) from error
+            raise self._cannot_save(_reason(error)) from error
 
-    def _cannot_save(self, step: int | None, error: Exception) -> CheckpointError:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        kept = (
-            f"the newest complete one is step {self.latest_step}"
-            if self.latest_step is not None
-            else "there is none yet"
+    def _check_room(self, step: int, state: TrainState) -> None:
+        """Refuses a save that the disk has no room for, before half of it is written."""
+        need = sum(shard.data.nbytes for a in jax.tree.leaves(state) for shard in a.addressable_shards) + SPARE_BYTES
+        free = shutil.disk_usage(self.folder).free
+        if free < need:
+            self._writing = step
+            raise self._cannot_save(f"it needs {need / 1e6:,.1f} MB, and the disk has {free / 1e6:,.1f} MB left")
+
+    def _cannot_save(self, reason: str) -> CheckpointError:
+        latest = self.latest_step
+        kept = "there is none yet" if latest is None else f"the newest complete one is step {latest}"
+        return CheckpointError(
+            f"cannot save the checkpoint of step {self._writing} in {self.folder} ({kept}): {reason}"
         )
-        return CheckpointError(f"cannot save a checkpoint at step {step} in {self.folder} ({kept}): {reason}")
 
     def meta(self, step: int) -> dict[str, Any]:
         """The metadata saved with a step."""
@@ -130,5 +147,12 @@ class Checkpointer:
         try:
             return self._manager.restore(step, args=items)
         except Exception as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise CheckpointError(f"cannot read the checkpoint {self.folder / str(step)}: {reason}") from error
+            raise CheckpointError(f"cannot read the checkpoint {self.folder / str(step)}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, in one line; where it was the system's, in the system's words."""
+    text = str(error).strip()
+    if code := re.search(r"os_error_code='(\d+)'|\[Errno (\d+)\]", text):
+        return os.strerror(int(code[1] or code[2]))
+    return text.splitlines()[0] if text else type(error).__name__
