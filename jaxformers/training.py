@@ -248,11 +248,14 @@ def _feed(setup: Setup, corpus: Corpus) -> Feed:
     config = setup.config
     spec = batch_sharding((config.train.batch_size, config.data.sequence_length), setup.mesh).spec
     share = process_share(setup.mesh, spec)
-    shares = {"batch_size": config.train.batch_size, "process_index": share.index, "process_count": share.count}
+    shares = {"process_index": share.index, "process_count": share.count}
     validation: Sequence[Row] = ()
     if config.train.eval_batches and len(corpus.validation):
-        validation = validation_batches(corpus.validation, max_batches=config.train.eval_batches, **shares)
-    return Feed(train_iterator(corpus.train, **shares), validation, spec)
+        # An evaluation has the memory of a microbatch, and reads as many rows as the config says in whole batches.
+        most = config.train.eval_batches * config.train.accumulation
+        rows = config.train.batch_size // config.train.accumulation
+        validation = validation_batches(corpus.validation, batch_size=rows, max_batches=most, **shares)
+    return Feed(train_iterator(corpus.train, batch_size=config.train.batch_size, **shares), validation, spec)
 
 
 def _first_state(

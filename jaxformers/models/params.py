@@ -106,8 +106,8 @@ def mla_spec(cfg: ModelConfig) -> Params:
         "kv_a": linear_spec((d, m.kv_rank), ("embed", None)),
         "k_rope": linear_spec((d, m.rope_dim), ("embed", None)),
         "kv_norm": norm_spec(cfg, m.kv_rank),
-        "k_b": linear_spec((m.kv_rank, h, m.nope_dim), (None, "heads", None)),
-        "v_b": linear_spec((m.kv_rank, h, m.v_dim), (None, "heads", None)),
+        "k_b": linear_spec((m.kv_rank, h, m.nope_dim), ("embed", "heads", None)),
+        "v_b": linear_spec((m.kv_rank, h, m.v_dim), ("embed", "heads", None)),
         "o": linear_spec((h, m.v_dim, d), ("heads", None, "embed"), n_in=2, init="residual"),
     }
     if m.q_rank is None:
@@ -115,7 +115,7 @@ def mla_spec(cfg: ModelConfig) -> Params:
     else:
         spec["q_a"] = linear_spec((d, m.q_rank), ("embed", None))
         spec["q_norm"] = norm_spec(cfg, m.q_rank)
-        spec["q_b"] = linear_spec((m.q_rank, h, qk_dim), (None, "heads", None))
+        spec["q_b"] = linear_spec((m.q_rank, h, qk_dim), ("embed", "heads", None))
     return spec
 
 

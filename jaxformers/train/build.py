@@ -143,9 +143,9 @@ class Trainer:
     @cached_property
     def program(self) -> Program:
         """The compiled step and evaluation, with what the loop needs to know of their cost."""
-        rows = self.train.batch_size
+        rows = self.train.batch_size // self.train.accumulation
         step = make_train_step(
-            self._with_settings(lm_loss, rows=rows // self.train.accumulation),
+            self._with_settings(lm_loss, rows=rows),
             self.tx,
             self.learning_rate,
             accumulation=self.train.accumulation,
@@ -155,10 +155,9 @@ class Trainer:
         peak = peak_flops(self.mesh.devices.flat[0], self.runtime.dtype)
         return Program(
             step=jax.jit(step, donate_argnums=0, out_shardings=(self._places, None)),
-            # An evaluation takes the whole batch at once.
             evaluate=jax.jit(self._with_settings(eval_sums, rows=rows)),
             to_plain=self.to_plain,
-            tokens_per_step=rows * self.sequence_length,
+            tokens_per_step=self.train.batch_size * self.sequence_length,
             flops_per_token=flops_per_token(self.cfg, self.sequence_length),
             peak_flops=None if peak is None else peak * self.mesh.size,
         )
