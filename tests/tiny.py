@@ -13,7 +13,7 @@ from jaxformers.models.params import Params, ParamSpec, model_spec
 
 LLAMA = {
     "model_type": "llama",
-    "vocab_size": 259,
+    "vocab_size": 300,
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,

@@ -112,7 +112,8 @@ class Checkpointer:
 
     def _check_room(self, step: int, state: TrainState) -> None:
         """Refuses a save that the disk has no room for, before half of it is written."""
-        need = sum(shard.data.nbytes for a in jax.tree.leaves(state) for shard in a.addressable_shards) + SPARE_BYTES
+        written = (s.data.nbytes for a in jax.tree.leaves(state) for s in a.addressable_shards if s.replica_id == 0)
+        need = sum(written) + SPARE_BYTES
         free = shutil.disk_usage(self.folder).free
         if free < need:
             self._writing = step
@@ -121,9 +122,7 @@ class Checkpointer:
     def _cannot_save(self, reason: str) -> CheckpointError:
         latest = self.latest_step
         kept = "there is none yet" if latest is None else f"the newest complete one is step {latest}"
-        return CheckpointError(
-            f"cannot save the checkpoint of step {self._writing} in {self.folder} ({kept}): {reason}"
-        )
+        return CheckpointError(f"cannot save step {self._writing} in {self.folder} ({kept}): {reason}")
 
     def meta(self, step: int) -> dict[str, Any]:
         """The metadata saved with a step."""

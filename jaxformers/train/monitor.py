@@ -53,9 +53,10 @@ def _lines(path: Path) -> list[str]:
 def _step(line: str) -> float:
     """The step of a line; a line cut short by a kill belongs to no step that is kept."""
     try:
-        return json.loads(line)["step"]
+        step = json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
         return math.inf
+    return step if isinstance(step, int) else math.inf
 
 
 def _plain(value: Any) -> Any:
@@ -95,13 +96,18 @@ class Trackers:
             except Exception as error:
                 log.warning("%s failed at step %d and is off from now on: %s", type(tracker).__name__, step, error)
                 self._trackers.remove(tracker)
+                _close(tracker)
 
     def close(self) -> None:
         for tracker in self._trackers:
-            try:
-                tracker.close()
-            except Exception as error:
-                log.warning("%s failed to close: %s", type(tracker).__name__, error)
+            _close(tracker)
+
+
+def _close(tracker: Tracker) -> None:
+    try:
+        tracker.close()
+    except Exception as error:
+        log.warning("%s failed to close: %s", type(tracker).__name__, error)
 
 
 class Display:
