@@ -109,8 +109,9 @@ def generate(
         "seed": seed,
     }
     if len(texts) == 1:
+        pieces = jf.stream(model, texts, **settings)  # refuses settings before anything is printed
         print(texts[0], end="", flush=True)
-        for piece in jf.stream(model, texts, **settings):
+        for piece in pieces:
             print(piece.text, end="", flush=True)
         print()
         return
