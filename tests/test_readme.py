@@ -1,12 +1,18 @@
 """Every command of the README, run in order as a new user would: a fresh virtual environment and a fresh checkout."""
 
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from jaxformers.config import load_config
+from jaxformers.data.corpus import open_corpus
+from jaxformers.data.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -55,5 +61,26 @@ def test_every_command_runs_in_a_fresh_environment(tmp_path):
         )
         assert done.returncode == 0, f"{script}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         assert "Traceback" not in done.stderr, f"{script}\n{done.stderr[-3000:]}"
-    assert (checkout / "runs" / "quickstart" / "checkpoints").is_dir()
     assert (checkout / "exports" / "copy" / "config.json").is_file()
+    run = checkout / "runs" / "quickstart"
+    reached = validation_loss(run)
+    assert reached < unigram_loss(run, tmp_path / "cache" / "jaxformers") - 1.5
+
+
+def validation_loss(run):
+    """Nats per token that the run reported last."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return [line["validation_loss"] for line in lines if "validation_loss" in line][-1]
+
+
+def unigram_loss(run, cache):
+    """Nats per token that the frequencies of tokens in the training rows give on the run's validation rows."""
+    config = load_config(run / "config.yaml", [f"data.cache_dir={cache}"])
+    corpus = open_corpus(config.data, load_tokenizer(run / "tokenizer"))
+
+    def targets(rows, count):
+        return np.concatenate([row["targets"][row["weights"] > 0] for row in map(rows.__getitem__, range(count))])
+
+    counts = 1 + np.bincount(targets(corpus.train, corpus.train.rows_per_epoch), minlength=config.tokenizer.vocab_size)
+    rows = min(corpus.validation.rows_per_epoch, config.train.eval_batches * config.train.batch_size)
+    return -np.log(counts / counts.sum())[targets(corpus.validation, rows)].mean()
