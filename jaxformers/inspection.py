@@ -18,7 +18,7 @@ from jaxformers.train.monitor import METRICS_FILE
 
 def describe(ref: str | Path) -> dict[str, str]:
     """Names and values for people. ValueError as `load` raises it."""
-    path = resolve(ref)
+    path = resolve(ref).absolute()
     kind = classify(path)
     found = {"path": str(path), "kind": kind}
     if kind in ("safetensors", "gguf"):

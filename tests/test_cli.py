@@ -485,7 +485,7 @@ def test_a_reader_that_goes_away_is_no_failure():
     command = f"{sys.executable} -m jaxformers schema | head -c 10 > /dev/null; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], check=False, capture_output=True, text=True)
     assert done.stderr == ""
-    assert done.returncode in (0, 141)
+    assert done.returncode in (0, 1)
 
 
 def test_generating_in_a_process_of_its_own_says_nothing_but_the_text(trained):
