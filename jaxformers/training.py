@@ -146,6 +146,7 @@ def fit(
         checkpoints = stack.enter_context(Checkpointer(run_dir, config.checkpoint))
         resume_step = _resume_step(config, checkpoints)
         tokenizer = _tokenizer(setup)
+        _check_samples(config, setup.cfg, tokenizer)
         meta = _meta(setup, tokenizer)
         if resume_step is not None:
             _check_same_model(checkpoints, resume_step, setup.cfg, tokenizer)
@@ -183,6 +184,16 @@ def _tokenizer(setup: Setup) -> Tokenizer:
         tokenizer = setup.pretrained.tokenizer
     check_vocabulary(tokenizer, setup.cfg.vocab_size)
     return tokenizer
+
+
+def _check_samples(config: RunConfig, cfg: ModelConfig, tokenizer: Tokenizer) -> None:
+    """Refuses, before hours of training, sample prompts that cannot be continued after them."""
+    longest = max((len(tokenizer.encode(prompt)) for prompt in config.sample.prompts), default=0)
+    if cfg.learned_positions and longest + config.sample.max_new_tokens > cfg.context_length:
+        raise ValueError(
+            f"sample: a prompt of {longest} tokens and {config.sample.max_new_tokens} new ones pass the context length "
+            f"of {cfg.context_length}"
+        )
 
 
 def _meta(setup: Setup, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -489,6 +489,14 @@ def test_rows_longer_than_the_models_context_are_refused(tmp_path):
         jf.fit(run_config(tmp_path, data={"sequence_length": 65}))
 
 
+def test_sample_prompts_that_cannot_be_continued_are_refused_before_the_training(tmp_path):
+    gpt2 = {"model_type": "gpt2", "vocab_size": 300, "n_embd": 32, "n_head": 4, "n_layer": 1, "n_positions": 64}
+    config = run_config(tmp_path, sample={"prompts": ["alpha"], "max_new_tokens": 60}) | {"model": gpt2}
+    with pytest.raises(ValueError, match=r"^sample: a prompt of 6 tokens and 60 new ones pass the context"):
+        jf.fit(config)
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
 def test_a_damaged_checkpoint_is_an_error_that_names_it(whole, tmp_path):
     config = again(whole("plain")[0], tmp_path)
     run = jf.fit(config).run_dir
@@ -550,7 +558,7 @@ def test_fine_tuning_begins_from_a_directorys_weights_and_tokenizer(whole, pretr
     result = jf.fit(config)
     assert steps_of(result.run_dir)[0][1] < steps_of(whole("plain")[1].run_dir)[0][1] - 1, "it starts where that ended"
     assert result.model.tokenizer.fingerprint == jf.load(pretrained).tokenizer.fingerprint
-    # What the run wrote of itself means the same run, and goes on without the weights it came from.
+    # What the run wrote of itself means the same run: the tokenizer is still the model's own.
     resolved = load_config(result.run_dir / "config.yaml")
     assert resolved == load_config(config)
     assert resolved.tokenizer is None
