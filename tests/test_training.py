@@ -1,6 +1,7 @@
 """Whole runs, end to end on a tiny corpus: what they leave behind, and that a stop at any step changes nothing."""
 
 import functools
+import gc
 import itertools
 import json
 import os
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -413,7 +415,7 @@ def test_checkpoints_by_the_clock(whole, tmp_path, monkeypatch):
     config = again(whole("plain")[0], tmp_path)
     config["checkpoint"] = {"every_steps": None, "every_minutes": 10}
     clock = itertools.count(step=4 * 60.0)  # each look at the clock is four minutes later
-    monkeypatch.setattr("jaxformers.train.checkpoint.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("jaxformers.train.checkpoint.time", SimpleNamespace(monotonic=lambda: next(clock)))
     found = checkpoints_of(jf.fit(config).run_dir)
     assert found[-1] == STEPS
     assert len(found) == 3
@@ -524,6 +526,8 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(mounted)], check=True)
 
 
+# Orbax leaves event loops behind when a write fails, which complain when they are collected.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("noticed_before", [True, False])
 def test_a_full_disk_is_one_clear_line_and_the_last_checkpoint_is_whole(whole, small_disk, monkeypatch, noticed_before):
     config = again(whole("plain")[0], small_disk)
@@ -539,6 +543,7 @@ def test_a_full_disk_is_one_clear_line_and_the_last_checkpoint_is_whole(whole, s
     assert ("the disk has" if noticed_before else "No space left on device") in message
     assert "\n" not in message
     jf.load(small_disk / "run" / "checkpoints" / str(steps[-1]))
+    gc.collect()
 
 
 # -- from other weights

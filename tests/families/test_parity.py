@@ -189,8 +189,8 @@ def test_import_and_export_are_bit_equal_and_the_reference_opens_the_result(name
 
 
 RUNTIMES = {
-    "scan, fused, full remat": Runtime(layers="scan", fuse=True, remat="full"),
-    "unroll, fused, projections kept": Runtime(layers="unroll", fuse=True, remat="projections"),
+    "scan, full remat": Runtime(layers="scan", remat="full"),
+    "unroll, projections kept": Runtime(layers="unroll", remat="projections"),
     "unroll, dots kept": Runtime(layers="unroll", remat="dots"),
 }
 # Types take turns in the quick suite: compiling 33 backward passes takes minutes.
