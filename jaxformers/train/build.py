@@ -30,6 +30,8 @@ from jaxformers.train.schedules import make_schedule
 from jaxformers.train.state import TrainState, abstract_state, map_params, new_state, state_shardings
 from jaxformers.train.step import make_train_step
 
+# Random numbers of many shapes are much code for one run: compiling it well takes longer than running it.
+RUN_ONCE = {"xla_backend_optimization_level": 1}
 UNROLLED_LAYERS = 32  # deeper models compile too long when every layer is its own code
 
 
@@ -109,7 +111,7 @@ class Trainer:
             init_key, run_key = jax.random.split(key)
             return new_state(self._inward(init_params(self.cfg, init_key)), self.tx, run_key, ema=self._ema)
 
-        return jax.jit(make, out_shardings=self._places)(jax.random.key(seed))
+        return jax.jit(make, out_shardings=self._places, compiler_options=RUN_ONCE)(jax.random.key(seed))
 
     def from_params(self, params: Params, seed: int) -> TrainState:
         """A fresh state around float32 parameters given as the plain tree, which are used up."""
