@@ -11,15 +11,49 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxformers.families import deepseek, gemma, gpt, llama, qwen
+from jaxformers.families import (
+    apertus,
+    bloom,
+    cohere,
+    deepseek,
+    dots,
+    ernie,
+    exaone,
+    falcon,
+    gemma,
+    glm,
+    gpt2,
+    gpt_oss,
+    granite,
+    helium,
+    hunyuan,
+    internlm3,
+    llama,
+    minimax,
+    mistral,
+    mpt,
+    nanochat,
+    nemotron,
+    neox,
+    olmo,
+    opt,
+    phi,
+    qwen,
+    smollm,
+    stablelm,
+    starcoder,
+)
 from jaxformers.families.common import Family, Names
 from jaxformers.families.keys import Keys
 from jaxformers.models.config import ModelConfig
 
+MODULES = (
+    llama, mistral, qwen, gemma, phi, deepseek, gpt_oss, glm, olmo, granite, cohere, ernie, hunyuan, exaone, dots,
+    minimax, apertus, smollm, helium, internlm3, nemotron, stablelm, starcoder, falcon, bloom, mpt, opt, neox, gpt2,
+    nanochat,
+)  # fmt: skip
 FAMILIES: dict[str, Family] = {
-    model_type: family
-    for module in (llama, qwen, gemma, deepseek, gpt)
-    for model_type, family in module.FAMILIES.items()
+    model_type: family for module in MODULES for model_type, family in module.FAMILIES.items()
 }
 
 

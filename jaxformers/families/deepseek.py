@@ -1,4 +1,4 @@
-"""DeepSeek-V3: latent attention, sigmoid routing limited to groups of experts, a bias that only selects."""
+"""DeepSeek-V2 and V3: latent attention, routing limited to groups of experts; in V3 a bias that only selects."""
 
 from jaxformers.families.common import (
     ATTN,
@@ -17,15 +17,41 @@ from jaxformers.models.config import MLA, LayerKind, ModelConfig, MoE, YarnScali
 
 
 def read_deepseek_v3(c: Keys) -> ModelConfig:
-    for key, only in (
-        ("scoring_func", "sigmoid"),
-        ("topk_method", "noaux_tc"),
-        ("moe_layer_freq", 1),
-        ("attention_bias", False),
-    ):
-        c.expect(key, only)
+    c.expect("scoring_func", "sigmoid")
+    c.expect("topk_method", "noaux_tc")
+    return _deepseek(c, c.integer("q_lora_rank", null=None), c.flag("rope_interleave", True), deepseek_moe(c))
+
+
+def read_deepseek_v2(c: Keys) -> ModelConfig:
+    c.expect("scoring_func", "softmax")
+    c.expect("norm_topk_prob", False)  # never read by the reference implementation
+    c.expect("mlp_bias", False)
+    width, method = c.integer("moe_intermediate_size"), c.choice("topk_method", METHODS, "greedy")
+    # The group keys are in files that do not use them, too.
+    groups = _groups(c) if method == "groups" else {}
+    c.integer("n_group", None), c.integer("topk_group", None)
+    moe = MoE(
+        **experts(c, "n_routed_experts"),
+        **groups,
+        d_ff=width,
+        normalize=False,
+        scale=c.number("routed_scaling_factor", 1.0),
+        shared_d_ff=width * c.integer("n_shared_experts", 2, minimum=0),
+    )
+    # The file's width of a head is that of its attention's input, which latent attention does not have.
+    c.integer("head_dim", None)
+    c.values = {key: value for key, value in c.values.items() if key != "head_dim"}
+    return _deepseek(c, c.integer("q_lora_rank", 1536, null=None), True, moe)
+
+
+METHODS = {"greedy": "all", "group_limited_greedy": "groups"}
+
+
+def _deepseek(c: Keys, q_rank: int | None, interleaved: bool, moe: MoE) -> ModelConfig:
+    c.expect("moe_layer_freq", 1)
+    c.expect("attention_bias", False)
     mla = MLA(
-        q_rank=c.integer("q_lora_rank", null=None),
+        q_rank=q_rank,
         kv_rank=c.integer("kv_lora_rank"),
         nope_dim=c.integer("qk_nope_head_dim"),
         rope_dim=c.integer("qk_rope_head_dim"),
@@ -34,7 +60,7 @@ def read_deepseek_v3(c: Keys) -> ModelConfig:
     # These repeat what the parts above say.
     c.expect("head_dim", mla.rope_dim)
     c.expect("qk_head_dim", mla.nope_dim + mla.rope_dim)
-    turn = rope(c, mla.rope_dim, interleaved=c.flag("rope_interleave", True))
+    turn = rope(c, mla.rope_dim, interleaved=interleaved)
     first = c.integer("first_k_dense_replace", minimum=0)
     layers = tuple(
         LayerKind(mixer="mla", ffn="dense" if i < first else "moe", rope=turn)
@@ -44,13 +70,14 @@ def read_deepseek_v3(c: Keys) -> ModelConfig:
         c,
         layers=layers,
         mla=mla,
-        moe=_moe(c),
+        moe=moe,
         head_dim=mla.nope_dim + mla.rope_dim,
         attn_scale=_scale(c, mla, turn.scaling),
     )
 
 
-def _moe(c: Keys) -> MoE:
+def deepseek_moe(c: Keys) -> MoE:
+    """DeepSeek-V3's routing, under its keys."""
     width, groups = c.integer("moe_intermediate_size"), _groups(c)
     return MoE(
         **experts(c, "n_routed_experts"),
@@ -58,7 +85,7 @@ def _moe(c: Keys) -> MoE:
         d_ff=width,
         score="sigmoid",
         normalize=c.flag("norm_topk_prob", True),
-        scale=c.number("routed_scaling_factor"),
+        scale=c.number("routed_scaling_factor", 1.0),
         select_bias=True,
         group_score="top2",
         shared_d_ff=width * c.integer("n_shared_experts", null=0, minimum=0),
@@ -106,4 +133,7 @@ def deepseek_names(cfg: ModelConfig) -> Names:
     return Names(table, moe=EXPERTS, ignored=(rf"^model\.layers\.{cfg.num_layers}\.",))
 
 
-FAMILIES = {"deepseek_v3": Family(read_deepseek_v3, deepseek_names)}
+FAMILIES = {
+    "deepseek_v2": Family(read_deepseek_v2, deepseek_names),
+    "deepseek_v3": Family(read_deepseek_v3, deepseek_names),
+}

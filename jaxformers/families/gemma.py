@@ -1,4 +1,4 @@
-"""Gemma 2 and 3: norms that store w - 1, norms around each branch, local layers between global ones."""
+"""Gemma 1 to 3: norms that store w - 1; from 2 on, norms around each branch and local layers between global ones."""
 
 from typing import Any
 
@@ -8,28 +8,47 @@ from jaxformers.families.common import (
     SANDWICH_NORMS,
     Family,
     Names,
+    head_dim,
     layer_types,
     llama_config,
+    llama_names,
     rope,
+    uniform_layers,
 )
 from jaxformers.families.keys import Keys
 from jaxformers.models.config import LayerKind, ModelConfig, Rope
 
 
-def _gemma(c: Keys, **values: Any) -> ModelConfig:
-    # Older files name the activation under `hidden_act` too, and `hidden_activation` wins.
-    c.expect("hidden_act", "gelu", "gelu_pytorch_tanh")
+def _gemma1(c: Keys, **values: Any) -> ModelConfig:
     bias = c.flag("attention_bias", False)
     return llama_config(
         c,
         norm_offset=1.0,
-        post_norm=True,
         embed_scale=c.integer("hidden_size") ** 0.5,
-        activation=c.choice("hidden_activation", ACTIVATIONS, "gelu_pytorch_tanh"),
         tie_embeddings=c.flag("tie_word_embeddings", True),
-        attn_scale=c.number("query_pre_attn_scalar", 256) ** -0.5,
         qkv_bias=bias,
         o_bias=bias,
+        **values,
+    )
+
+
+def read_gemma(c: Keys) -> ModelConfig:
+    c.expect("hidden_activation", "gelu_pytorch_tanh")
+    # The first files say gelu and were trained with its approximation.
+    kinds = {"gelu": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+    activation, size = c.choice("hidden_act", kinds, "gelu_pytorch_tanh"), head_dim(c, 256)
+    layers, kv_heads = uniform_layers(c, rope=rope(c, size)), c.integer("num_key_value_heads", 16)
+    return _gemma1(c, layers=layers, activation=activation, head_dim=size, num_kv_heads=kv_heads)
+
+
+def _gemma(c: Keys, **values: Any) -> ModelConfig:
+    # Older files name the activation under `hidden_act` too, and `hidden_activation` wins.
+    c.expect("hidden_act", "gelu", "gelu_pytorch_tanh")
+    return _gemma1(
+        c,
+        post_norm=True,
+        activation=c.choice("hidden_activation", ACTIVATIONS, "gelu_pytorch_tanh"),
+        attn_scale=c.number("query_pre_attn_scalar", 256) ** -0.5,
         **values,
     )
 
@@ -70,4 +89,8 @@ def gemma_names(_cfg: ModelConfig) -> Names:
     return Names(LLAMA | SANDWICH_NORMS)
 
 
-FAMILIES = {"gemma2": Family(read_gemma2, gemma_names), "gemma3_text": Family(read_gemma3, gemma_names)}
+FAMILIES = {
+    "gemma": Family(read_gemma, llama_names),
+    "gemma2": Family(read_gemma2, gemma_names),
+    "gemma3_text": Family(read_gemma3, gemma_names),
+}

@@ -17,12 +17,12 @@ import jax.numpy as jnp
 from jaxformers.models.config import LayerKind, ModelConfig, plan_stacks
 
 Params = dict[str, Any]
-Init = Literal["normal", "residual", "zeros", "ones"]
+Init = Literal["normal", "residual", "zeros", "ones"] | float
 
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """One weight: its shape, a logical name per dim, and how it starts.
+    """One weight: its shape, a logical name per dim, and how it starts (a number is a constant).
 
     Not a pytree: a leaf, so `jax.tree.map` walks specs directly. `fan_in` sets the spread of a normal init; `n_in`
     is the number of input dims of a linear layer (those after an `experts` dim), 0 for anything that is not one.
@@ -133,6 +133,11 @@ def mlp_spec(cfg: ModelConfig, d_ff: int) -> Params:
         spec["down_b"] = ParamSpec((d,), (None,), "zeros")
         if cfg.gated:
             spec["gate_b"] = ParamSpec((d_ff,), ("mlp",), "zeros")
+    if cfg.activation == "xielu":
+        # Both curvatures start at 0.8; a softplus keeps them positive, and that of the lower one above beta.
+        alphas = {"alpha_p": math.log(math.expm1(0.8)), "alpha_n": math.log(math.expm1(0.8 - 0.5))}
+        spec["xielu"] = {name: ParamSpec((1,), (None,), start) for name, start in alphas.items()}
+        spec["xielu"] |= {"beta": ParamSpec((), (), 0.5), "eps": ParamSpec((), (), -1e-6)}
     return spec
 
 
@@ -213,8 +218,8 @@ def init_params(cfg: ModelConfig, key: jax.Array, *, dtype: Any = jnp.float32) -
     """
 
     def init(path: tuple[Any, ...], spec: ParamSpec) -> jax.Array:
-        if spec.init in ("zeros", "ones"):
-            return jnp.full(spec.shape, float(spec.init == "ones"), dtype)
+        if spec.init not in ("normal", "residual"):
+            return jnp.full(spec.shape, {"zeros": 0.0, "ones": 1.0}.get(spec.init, spec.init), dtype)
         std = spec.fan_in**-0.5
         if spec.init == "residual":
             std *= (2 * cfg.num_layers) ** -0.5

@@ -185,7 +185,7 @@ def test_import_and_export_are_bit_equal_and_the_reference_opens_the_result(name
         assert ours[tensor].tobytes() == value.tobytes(), tensor
     for file in ("config.json", "generation_config.json"):
         assert json.loads((tmp_path / file).read_text()) == json.loads((c.directory / file).read_text())
-    reopened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    reopened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=c.row.attention)
     ids = tokens(2, LENGTH)
     np.testing.assert_array_equal(reference_logits(reopened, ids), reference_logits(c.model, ids))
 

@@ -1,0 +1,51 @@
+"""BLOOM: linear position biases, a norm behind the embedding."""
+
+from jaxformers.families.common import Family, Names, gpt_config, linears, norms, per_head_qkv
+from jaxformers.families.keys import Keys
+from jaxformers.models.config import ModelConfig
+
+
+def read_bloom(c: Keys) -> ModelConfig:
+    c.expect("apply_residual_connection_post_layernorm", False)
+    width = "n_embed" if c.integer("n_embed", None) else "hidden_size"
+    c.integer("hidden_size", None)
+    c.expect("offset_alibi", 100)
+    c.expect("masked_softmax_fusion", True, False)
+    c.expect("bias_dropout_fusion", True, False)
+    c.expect("skip_bias_add", True, False)
+    c.expect("skip_bias_add_qkv", False)
+    c.expect("attention_softmax_in_fp32", True)
+    c.expect("unk_token_id", 0)
+    return gpt_config(
+        c,
+        width=width,
+        # Distances are unbounded; the published models were trained on this many tokens.
+        context_length=c.integer("seq_length", 2048),
+        alibi=True,
+        embed_norm=True,
+        activation="gelu_tanh",
+        qkv_bias=True,
+        o_bias=True,
+        mlp_bias=True,
+    )
+
+
+def bloom_names(cfg: ModelConfig) -> Names:
+    layer = "transformer.h.{l}."
+    table = {
+        "embed": "transformer.word_embeddings.weight",
+        "lm_head": "lm_head.weight",
+        **norms(
+            embed_norm="transformer.word_embeddings_layernorm",
+            attn_norm=f"{layer}input_layernorm",
+            ffn_norm=f"{layer}post_attention_layernorm",
+            final_norm="transformer.ln_f",
+        ),
+        **linears("attn.", o=f"{layer}self_attention.dense"),
+        **linears("ffn.", up=f"{layer}mlp.dense_h_to_4h", down=f"{layer}mlp.dense_4h_to_h"),
+        **per_head_qkv(f"{layer}self_attention.query_key_value", cfg),
+    }
+    return Names(table)
+
+
+FAMILIES = {"bloom": Family(read_bloom, bloom_names)}

@@ -1,0 +1,53 @@
+"""Command R: both branches behind one layer norm without bias, scaled logits; rope only on Command R7B's windows."""
+
+from typing import Any
+
+from jaxformers.families.common import Family, head_dim, layer_types, llama_config, llama_names, rope, uniform_layers
+from jaxformers.families.keys import Keys
+from jaxformers.models.config import LayerKind, ModelConfig
+
+
+def _cohere(c: Keys, layers: tuple[LayerKind, ...], **values: Any) -> ModelConfig:
+    bias, kv_heads = c.flag("attention_bias", False), c.integer("num_key_value_heads", c.integer("num_attention_heads"))
+    return llama_config(
+        c,
+        layers=layers,
+        num_kv_heads=kv_heads,
+        norm="layer",
+        norm_eps=c.number("layer_norm_eps", 1e-5),
+        parallel=True,
+        shared_norm=True,
+        logit_scale=c.number("logit_scale", 0.0625),
+        tie_embeddings=c.flag("tie_word_embeddings", True),
+        qkv_bias=bias,
+        o_bias=bias,
+        **values,
+    )
+
+
+def read_cohere(c: Keys) -> ModelConfig:
+    layers = uniform_layers(c, rope=rope(c, head_dim(c), interleaved=True, theta=500_000.0))
+    return _cohere(c, layers, qk_norm="heads" if c.flag("use_qk_norm", False) else "none")
+
+
+def read_cohere2(c: Keys) -> ModelConfig:
+    pattern, window = c.integer("sliding_window_pattern", 4), c.integer("sliding_window", 4096, null=None)
+    types = layer_types(c, lambda i: "sliding_attention" if (i + 1) % pattern else "full_attention")
+    local = LayerKind(window=window, rope=rope(c, head_dim(c), interleaved=True) if window else None)
+    c.expect("use_qk_norm", False)
+    # Settings of published files that say what the type always does.
+    for key, only in (
+        ("use_parallel_block", True),
+        ("use_embedding_sharing", True),
+        ("use_gated_activation", True),
+        ("use_parallel_embedding", False),
+        ("position_embedding_type", "rope_gptj"),
+        ("order_of_interleaved_layers", "local_attn_first"),
+        ("rotary_pct", 1.0),
+        ("layer_switch", pattern),
+    ):
+        c.expect(key, only)
+    return _cohere(c, tuple(local if t == "sliding_attention" else LayerKind() for t in types))
+
+
+FAMILIES = {"cohere": Family(read_cohere, llama_names), "cohere2": Family(read_cohere2, llama_names)}
