@@ -1,6 +1,6 @@
 """BLOOM: linear position biases, a norm behind the embedding."""
 
-from jaxformers.families.common import Family, Names, gpt_config, linears, norms, per_head_qkv
+from jaxformers.families import common as fam
 from jaxformers.families.keys import Keys
 from jaxformers.models.config import ModelConfig
 
@@ -16,7 +16,7 @@ def read_bloom(c: Keys) -> ModelConfig:
     c.expect("skip_bias_add_qkv", False)
     c.expect("attention_softmax_in_fp32", True)
     c.expect("unk_token_id", 0)
-    return gpt_config(
+    return fam.gpt_config(
         c,
         width=width,
         # Distances are unbounded; the published models were trained on this many tokens.
@@ -30,22 +30,22 @@ def read_bloom(c: Keys) -> ModelConfig:
     )
 
 
-def bloom_names(cfg: ModelConfig) -> Names:
+def bloom_names(cfg: ModelConfig) -> fam.Names:
     layer = "transformer.h.{l}."
     table = {
         "embed": "transformer.word_embeddings.weight",
         "lm_head": "lm_head.weight",
-        **norms(
+        **fam.norms(
             embed_norm="transformer.word_embeddings_layernorm",
             attn_norm=f"{layer}input_layernorm",
             ffn_norm=f"{layer}post_attention_layernorm",
             final_norm="transformer.ln_f",
         ),
-        **linears("attn.", o=f"{layer}self_attention.dense"),
-        **linears("ffn.", up=f"{layer}mlp.dense_h_to_4h", down=f"{layer}mlp.dense_4h_to_h"),
-        **per_head_qkv(f"{layer}self_attention.query_key_value", cfg),
+        **fam.linears("attn.", o=f"{layer}self_attention.dense"),
+        **fam.linears("ffn.", up=f"{layer}mlp.dense_h_to_4h", down=f"{layer}mlp.dense_4h_to_h"),
+        **fam.per_head_qkv(f"{layer}self_attention.query_key_value", cfg),
     }
-    return Names(table)
+    return fam.Names(table)
 
 
-FAMILIES = {"bloom": Family(read_bloom, bloom_names)}
+FAMILIES = {"bloom": fam.Family(read_bloom, bloom_names)}

@@ -2,38 +2,35 @@
 
 from typing import Any
 
-from jaxformers.families.common import Family, head_dim, layer_types, llama_config, llama_names, rope, uniform_layers
+from jaxformers.families import common as fam
 from jaxformers.families.keys import Keys
 from jaxformers.models.config import LayerKind, ModelConfig
 
 
 def _cohere(c: Keys, layers: tuple[LayerKind, ...], **values: Any) -> ModelConfig:
-    bias, kv_heads = c.flag("attention_bias", False), c.integer("num_key_value_heads", c.integer("num_attention_heads"))
-    return llama_config(
+    return fam.llama_config(
         c,
         layers=layers,
-        num_kv_heads=kv_heads,
+        **fam.llama_attention(c),
         norm="layer",
         norm_eps=c.number("layer_norm_eps", 1e-5),
         parallel=True,
         shared_norm=True,
         logit_scale=c.number("logit_scale", 0.0625),
         tie_embeddings=c.flag("tie_word_embeddings", True),
-        qkv_bias=bias,
-        o_bias=bias,
         **values,
     )
 
 
 def read_cohere(c: Keys) -> ModelConfig:
-    layers = uniform_layers(c, rope=rope(c, head_dim(c), interleaved=True, theta=500_000.0))
+    layers = fam.uniform_layers(c, rope=fam.rope(c, fam.head_dim(c), interleaved=True, theta=500_000.0))
     return _cohere(c, layers, qk_norm="heads" if c.flag("use_qk_norm", False) else "none")
 
 
 def read_cohere2(c: Keys) -> ModelConfig:
     pattern, window = c.integer("sliding_window_pattern", 4), c.integer("sliding_window", 4096, null=None)
-    types = layer_types(c, lambda i: "sliding_attention" if (i + 1) % pattern else "full_attention")
-    local = LayerKind(window=window, rope=rope(c, head_dim(c), interleaved=True) if window else None)
+    types = fam.layer_types(c, lambda i: "sliding_attention" if (i + 1) % pattern else "full_attention")
+    local = LayerKind(window=window, rope=fam.rope(c, fam.head_dim(c), interleaved=True) if window else None)
     c.expect("use_qk_norm", False)
     # Settings of published files that say what the type always does.
     for key, only in (
@@ -50,4 +47,4 @@ def read_cohere2(c: Keys) -> ModelConfig:
     return _cohere(c, tuple(local if t == "sliding_attention" else LayerKind() for t in types))
 
 
-FAMILIES = {"cohere": Family(read_cohere, llama_names), "cohere2": Family(read_cohere2, llama_names)}
+FAMILIES = {"cohere": fam.Family(read_cohere, fam.llama_names), "cohere2": fam.Family(read_cohere2, fam.llama_names)}

@@ -234,6 +234,14 @@ def llama_config(c: Keys, **values: Any) -> ModelConfig:
     return ModelConfig(**(defaults | values))
 
 
+def llama_attention(c: Keys) -> dict[str, Any]:
+    """What many types read as Llama does: one switch for the biases of all four projections, and as many kv heads as
+    heads where the file names none, as the first Llama's do not."""
+    bias = c.flag("attention_bias", False)
+    kv_heads = c.integer("num_key_value_heads", c.integer("num_attention_heads"))
+    return {"num_kv_heads": kv_heads, "qkv_bias": bias, "o_bias": bias}
+
+
 def experts(c: Keys, key: str) -> dict[str, int]:
     """`num_experts`, read from `key`, and the `top_k` of them that a token visits."""
     count, top_k = c.integer(key), c.integer("num_experts_per_tok")

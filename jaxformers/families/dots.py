@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from jaxformers.families.common import Family, head_dim, llama_config, moe_names, rope, typed_layers
+from jaxformers.families import common as fam
 from jaxformers.families.deepseek import deepseek_moe
 from jaxformers.families.keys import Keys
 from jaxformers.models.config import ModelConfig
@@ -10,14 +10,14 @@ from jaxformers.models.config import ModelConfig
 
 def read_dots1(c: Keys) -> ModelConfig:
     window, start = c.integer("sliding_window", 4096, null=None), c.integer("max_window_layers", 62, minimum=0)
-    kinds = typed_layers(
+    kinds = fam.typed_layers(
         c,
         lambda i: "sliding_attention" if window is not None and i >= start else "full_attention",
         window,
-        rope(c, head_dim(c)),
+        fam.rope(c, fam.head_dim(c)),
     )
     first, bias = c.integer("first_k_dense_replace", 0, minimum=0), c.flag("attention_bias", False)
-    return llama_config(
+    return fam.llama_config(
         c,
         layers=tuple(replace(kind, ffn="dense" if i < first else "moe") for i, kind in enumerate(kinds)),
         moe=deepseek_moe(c),
@@ -28,4 +28,4 @@ def read_dots1(c: Keys) -> ModelConfig:
     )
 
 
-FAMILIES = {"dots1": Family(read_dots1, moe_names)}
+FAMILIES = {"dots1": fam.Family(read_dots1, fam.moe_names)}

@@ -2,25 +2,14 @@
 
 from typing import Any
 
-from jaxformers.families.common import (
-    EXPERTS,
-    LLAMA,
-    MLP,
-    Family,
-    Names,
-    Source,
-    head_dim,
-    llama_config,
-    llama_names,
-    rope,
-)
+from jaxformers.families import common as fam
 from jaxformers.families.keys import Keys
 from jaxformers.models.config import LayerKind, ModelConfig, MoE
 
 
 def _ernie(c: Keys, size: int, kinds: list[str], kv_heads: int, **values: Any) -> ModelConfig:
-    turn, bias = rope(c, size, interleaved=True, theta=500_000.0), c.flag("use_bias", False)
-    return llama_config(
+    turn, bias = fam.rope(c, size, interleaved=True, theta=500_000.0), c.flag("use_bias", False)
+    return fam.llama_config(
         c,
         layers=tuple(LayerKind(ffn=kind, rope=turn) for kind in kinds),
         head_dim=size,
@@ -35,7 +24,7 @@ def _ernie(c: Keys, size: int, kinds: list[str], kv_heads: int, **values: Any) -
 
 
 def read_ernie(c: Keys) -> ModelConfig:
-    return _ernie(c, head_dim(c, 128), ["dense"] * c.integer("num_hidden_layers"), 2)
+    return _ernie(c, fam.head_dim(c, 128), ["dense"] * c.integer("num_hidden_layers"), 2)
 
 
 def read_ernie_moe(c: Keys) -> ModelConfig:
@@ -50,13 +39,16 @@ def read_ernie_moe(c: Keys) -> ModelConfig:
     shared = width * c.integer("moe_num_shared_experts", 2, null=0, minimum=0)
     moe = MoE(num_experts=experts, top_k=top_k, d_ff=width, select_bias=True, shared_d_ff=shared)
     kinds = ["moe" if first <= i <= last and (i + 1) % step == 0 else "dense" for i in range(count)]
-    return _ernie(c, head_dim(c), kinds, 4, moe=moe)
+    return _ernie(c, fam.head_dim(c), kinds, 4, moe=moe)
 
 
-def ernie_moe_names(cfg: ModelConfig) -> Names:
+def ernie_moe_names(cfg: ModelConfig) -> fam.Names:
     assert cfg.moe is not None
-    bias = Source(f"{MLP}moe_statics.e_score_correction_bias", shape=(1, cfg.moe.num_experts))
-    return Names(LLAMA, moe=EXPERTS | {"ffn.select_b": bias}, ignored=(r"^model\.mtp_",))
+    bias = fam.Source(f"{fam.MLP}moe_statics.e_score_correction_bias", shape=(1, cfg.moe.num_experts))
+    return fam.Names(fam.LLAMA, moe=fam.EXPERTS | {"ffn.select_b": bias}, ignored=(r"^model\.mtp_",))
 
 
-FAMILIES = {"ernie4_5": Family(read_ernie, llama_names), "ernie4_5_moe": Family(read_ernie_moe, ernie_moe_names)}
+FAMILIES = {
+    "ernie4_5": fam.Family(read_ernie, fam.llama_names),
+    "ernie4_5_moe": fam.Family(read_ernie_moe, ernie_moe_names),
+}

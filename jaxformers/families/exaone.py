@@ -1,6 +1,6 @@
 """EXAONE 4: norms behind each branch, and rope on the sliding layers only where there are any."""
 
-from jaxformers.families.common import LLAMA, POST_NORMS, Family, Names, head_dim, layer_types, llama_config, rope
+from jaxformers.families import common as fam
 from jaxformers.families.keys import Keys
 from jaxformers.models.config import LayerKind, ModelConfig
 
@@ -10,13 +10,13 @@ def read_exaone4(c: Keys) -> ModelConfig:
     pattern = c.integer("sliding_window_pattern", 4, null=0, minimum=0)
     if window is not None and not pattern:
         raise c.error("sliding_window_pattern", pattern, "1 or more where there is a sliding_window")
-    types = layer_types(c, lambda i: "sliding_attention" if window and (i + 1) % pattern else "full_attention")
-    turn = rope(c, head_dim(c))
+    types = fam.layer_types(c, lambda i: "sliding_attention" if window and (i + 1) % pattern else "full_attention")
+    turn = fam.rope(c, fam.head_dim(c))
     layers = tuple(
         LayerKind(window=window, rope=turn) if t == "sliding_attention" else LayerKind(rope=None if window else turn)
         for t in types
     )
-    return llama_config(
+    return fam.llama_config(
         c,
         layers=layers,
         num_kv_heads=c.integer("num_key_value_heads", 32),
@@ -27,4 +27,4 @@ def read_exaone4(c: Keys) -> ModelConfig:
     )
 
 
-FAMILIES = {"exaone4": Family(read_exaone4, lambda _cfg: Names(LLAMA | POST_NORMS))}
+FAMILIES = {"exaone4": fam.Family(read_exaone4, lambda _cfg: fam.Names(fam.LLAMA | fam.POST_NORMS))}

@@ -1,28 +1,16 @@
 """GLM: half of each head rotated, fused gate and up, then norms around each branch, then a mixture of experts."""
 
-from jaxformers.families.common import (
-    LAYER,
-    LLAMA,
-    Family,
-    Names,
-    fused_gate_up,
-    head_dim,
-    llama_config,
-    moe_names,
-    norms,
-    rope,
-    uniform_layers,
-)
+from jaxformers.families import common as fam
 from jaxformers.families.deepseek import deepseek_moe
 from jaxformers.families.keys import Keys
 from jaxformers.models.config import LayerKind, ModelConfig
 
 
 def read_glm(c: Keys) -> ModelConfig:
-    size = head_dim(c, 128)
-    return llama_config(
+    size = fam.head_dim(c, 128)
+    return fam.llama_config(
         c,
-        layers=uniform_layers(c, rope=rope(c, size, interleaved=True, fraction=0.5)),
+        layers=fam.uniform_layers(c, rope=fam.rope(c, size, interleaved=True, fraction=0.5)),
         num_kv_heads=c.integer("num_key_value_heads", 2, null=c.integer("num_attention_heads")),
         head_dim=size,
         norm_eps=c.number("rms_norm_eps", 1.5625e-7),
@@ -31,14 +19,16 @@ def read_glm(c: Keys) -> ModelConfig:
     )
 
 
-def glm_names(cfg: ModelConfig) -> Names:
-    after = norms(attn_post_norm=f"{LAYER}post_self_attn_layernorm", ffn_post_norm=f"{LAYER}post_mlp_layernorm")
-    return Names(LLAMA | fused_gate_up(cfg) | after)
+def glm_names(cfg: ModelConfig) -> fam.Names:
+    after = fam.norms(
+        attn_post_norm=f"{fam.LAYER}post_self_attn_layernorm", ffn_post_norm=f"{fam.LAYER}post_mlp_layernorm"
+    )
+    return fam.Names(fam.LLAMA | fam.fused_gate_up(cfg) | after)
 
 
 def read_glm4_moe(c: Keys) -> ModelConfig:
-    turn, first = rope(c, head_dim(c), fraction=0.5), c.integer("first_k_dense_replace", 1, minimum=0)
-    return llama_config(
+    turn, first = fam.rope(c, fam.head_dim(c), fraction=0.5), c.integer("first_k_dense_replace", 1, minimum=0)
+    return fam.llama_config(
         c,
         layers=tuple(
             LayerKind(ffn="dense" if i < first else "moe", rope=turn) for i in range(c.integer("num_hidden_layers"))
@@ -52,7 +42,7 @@ def read_glm4_moe(c: Keys) -> ModelConfig:
 
 
 FAMILIES = {
-    "glm": Family(read_glm, glm_names),
-    "glm4": Family(read_glm, glm_names),
-    "glm4_moe": Family(read_glm4_moe, moe_names),
+    "glm": fam.Family(read_glm, glm_names),
+    "glm4": fam.Family(read_glm, glm_names),
+    "glm4_moe": fam.Family(read_glm4_moe, fam.moe_names),
 }

@@ -1,18 +1,6 @@
 """gpt-oss: attention sinks, clamped experts with gate and up interleaved."""
 
-from jaxformers.families.common import (
-    ATTN,
-    LLAMA,
-    MLP,
-    Family,
-    Names,
-    Source,
-    experts,
-    head_dim,
-    layer_types,
-    llama_config,
-    rope,
-)
+from jaxformers.families import common as fam
 from jaxformers.families.keys import Keys
 from jaxformers.models.config import LayerKind, ModelConfig, MoE
 
@@ -21,13 +9,13 @@ def read_gpt_oss(c: Keys) -> ModelConfig:
     c.expect("swiglu_alpha", 1.702)
     if not (c.table("rope_parameters", None) or c.table("rope_scaling", None)):
         raise ValueError("gpt_oss config: the required key 'rope_scaling' (or 'rope_parameters') is missing")
-    window, size = c.integer("sliding_window", null=None), head_dim(c, 64)
-    turn = rope(c, size, theta=150_000.0)
-    types = layer_types(c, lambda i: "full_attention" if i % 2 else "sliding_attention")
+    window, size = c.integer("sliding_window", null=None), fam.head_dim(c, 64)
+    turn = fam.rope(c, size, theta=150_000.0)
+    types = fam.layer_types(c, lambda i: "full_attention" if i % 2 else "sliding_attention")
     layers = tuple(LayerKind(ffn="moe", window=window if t == "sliding_attention" else None, rope=turn) for t in types)
     c.expect("initial_context_length", getattr(turn.scaling, "original_positions", None))
     moe = MoE(
-        **experts(c, "num_local_experts"),
+        **fam.experts(c, "num_local_experts"),
         d_ff=c.integer("intermediate_size"),
         score="softmax_topk",
         router_bias=True,
@@ -36,7 +24,7 @@ def read_gpt_oss(c: Keys) -> ModelConfig:
     c.expect("experts_per_token", moe.top_k)
     bias, limit = c.flag("attention_bias", True), c.number("swiglu_limit", 7.0)
     norm_eps = c.number("rms_norm_eps", 1e-5)
-    return llama_config(
+    return fam.llama_config(
         c,
         layers=layers,
         head_dim=size,
@@ -49,21 +37,23 @@ def read_gpt_oss(c: Keys) -> ModelConfig:
     )
 
 
-def gpt_oss_names(cfg: ModelConfig) -> Names:
+def gpt_oss_names(cfg: ModelConfig) -> fam.Names:
     assert cfg.moe is not None
     e, f = cfg.moe.num_experts, cfg.moe.d_ff
-    table: dict[str, str | Source] = {
-        **LLAMA,
-        "attn.sinks": f"{ATTN}sinks",
-        "ffn.router": f"{MLP}router.weight",
-        "ffn.router_b": f"{MLP}router.bias",
-        "ffn.down": Source(f"{MLP}experts.down_proj", transposed=False),
-        "ffn.down_b": f"{MLP}experts.down_proj_bias",
+    table: dict[str, str | fam.Source] = {
+        **fam.LLAMA,
+        "attn.sinks": f"{fam.ATTN}sinks",
+        "ffn.router": f"{fam.MLP}router.weight",
+        "ffn.router_b": f"{fam.MLP}router.bias",
+        "ffn.down": fam.Source(f"{fam.MLP}experts.down_proj", transposed=False),
+        "ffn.down_b": f"{fam.MLP}experts.down_proj_bias",
     }
     for i, x in enumerate(("gate", "up")):
-        table[f"ffn.{x}"] = Source(f"{MLP}experts.gate_up_proj", (e, cfg.d_model, f, 2), 3, i, i + 1, transposed=False)
-        table[f"ffn.{x}_b"] = Source(f"{MLP}experts.gate_up_proj_bias", (e, f, 2), 2, i, i + 1)
-    return Names(table)
+        table[f"ffn.{x}"] = fam.Source(
+            f"{fam.MLP}experts.gate_up_proj", (e, cfg.d_model, f, 2), 3, i, i + 1, transposed=False
+        )
+        table[f"ffn.{x}_b"] = fam.Source(f"{fam.MLP}experts.gate_up_proj_bias", (e, f, 2), 2, i, i + 1)
+    return fam.Names(table)
 
 
-FAMILIES = {"gpt_oss": Family(read_gpt_oss, gpt_oss_names)}
+FAMILIES = {"gpt_oss": fam.Family(read_gpt_oss, gpt_oss_names)}

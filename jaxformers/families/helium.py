@@ -1,17 +1,17 @@
 """Helium: Llama with interleaved rope."""
 
-from jaxformers.families.common import Family, head_dim, llama_config, llama_names, rope, uniform_layers
+from jaxformers.families import common as fam
 from jaxformers.families.keys import Keys
 from jaxformers.models.config import ModelConfig
 
 
 def read_helium(c: Keys) -> ModelConfig:
-    size, bias = head_dim(c, 128), c.flag("attention_bias", False)
+    size, bias = fam.head_dim(c, 128), c.flag("attention_bias", False)
     if size * c.integer("num_attention_heads") != c.integer("hidden_size"):
         raise c.error("head_dim", size, "hidden_size / num_attention_heads")
-    return llama_config(
+    return fam.llama_config(
         c,
-        layers=uniform_layers(c, rope=rope(c, size, interleaved=True, theta=1e5)),
+        layers=fam.uniform_layers(c, rope=fam.rope(c, size, interleaved=True, theta=1e5)),
         num_kv_heads=c.integer("num_key_value_heads", 20),
         head_dim=size,
         norm_eps=c.number("rms_norm_eps", 1e-8),
@@ -20,4 +20,4 @@ def read_helium(c: Keys) -> ModelConfig:
     )
 
 
-FAMILIES = {"helium": Family(read_helium, llama_names)}
+FAMILIES = {"helium": fam.Family(read_helium, fam.llama_names)}

@@ -1,6 +1,6 @@
 """InternLM3: Llama with one switch for all biases of attention and one for those of the feed-forward network."""
 
-from jaxformers.families.common import Family, head_dim, llama_config, llama_names, rope, uniform_layers
+from jaxformers.families import common as fam
 from jaxformers.families.keys import Keys
 from jaxformers.models.config import ModelConfig
 
@@ -10,10 +10,10 @@ def read_internlm3(c: Keys) -> ModelConfig:
     mlp_bias = c.flag("mlp_bias", c.flag("bias", False))
     if bias != mlp_bias:
         raise c.error("qkv_bias", bias, f"the same as bias ({mlp_bias})")
-    size = head_dim(c, 128)
-    return llama_config(
+    size = fam.head_dim(c, 128)
+    return fam.llama_config(
         c,
-        layers=uniform_layers(c, rope=rope(c, size)),
+        layers=fam.uniform_layers(c, rope=fam.rope(c, size)),
         num_kv_heads=c.integer("num_key_value_heads", 2, null=c.integer("num_attention_heads")),
         head_dim=size,
         norm_eps=c.number("rms_norm_eps", 1e-5),
@@ -23,4 +23,4 @@ def read_internlm3(c: Keys) -> ModelConfig:
     )
 
 
-FAMILIES = {"internlm3": Family(read_internlm3, llama_names)}
+FAMILIES = {"internlm3": fam.Family(read_internlm3, fam.llama_names)}

@@ -1,22 +1,12 @@
 """MiniMax-M2: every layer a mixture with sigmoid scores and a bias that only selects; part of each head rotated."""
 
-from jaxformers.families.common import (
-    LLAMA,
-    MIXTRAL_EXPERTS,
-    Family,
-    Names,
-    experts,
-    head_dim,
-    llama_config,
-    rope,
-    uniform_layers,
-)
+from jaxformers.families import common as fam
 from jaxformers.families.keys import Keys
 from jaxformers.models.config import ModelConfig, MoE
 
 
 def read_minimax_m2(c: Keys) -> ModelConfig:
-    size = head_dim(c, 128)
+    size = fam.head_dim(c, 128)
     rotated = c.integer("rotary_dim", size)
     for key, only in (
         ("scoring_func", "sigmoid"),
@@ -29,10 +19,12 @@ def read_minimax_m2(c: Keys) -> ModelConfig:
         c.expect(key, only)
     for key in ("use_mtp", "num_mtp_modules", "mtp_transformer_layers"):  # modules behind the decoder
         c.expect(key, c.values.get(key))
-    moe = MoE(**experts(c, "num_local_experts"), d_ff=c.integer("intermediate_size"), score="sigmoid", select_bias=True)
-    return llama_config(
+    moe = MoE(
+        **fam.experts(c, "num_local_experts"), d_ff=c.integer("intermediate_size"), score="sigmoid", select_bias=True
+    )
+    return fam.llama_config(
         c,
-        layers=uniform_layers(c, ffn="moe", rope=rope(c, size, theta=5e6, fraction=rotated / size)),
+        layers=fam.uniform_layers(c, ffn="moe", rope=fam.rope(c, size, theta=5e6, fraction=rotated / size)),
         num_kv_heads=c.integer("num_key_value_heads", 8),
         head_dim=size,
         moe=moe,
@@ -40,8 +32,8 @@ def read_minimax_m2(c: Keys) -> ModelConfig:
     )
 
 
-def minimax_names(cfg: ModelConfig) -> Names:
-    return Names(LLAMA, moe=MIXTRAL_EXPERTS, ignored=(rf"^model\.layers\.{cfg.num_layers}\.",))
+def minimax_names(cfg: ModelConfig) -> fam.Names:
+    return fam.Names(fam.LLAMA, moe=fam.MIXTRAL_EXPERTS, ignored=(rf"^model\.layers\.{cfg.num_layers}\.",))
 
 
-FAMILIES = {"minimax_m2": Family(read_minimax_m2, minimax_names)}
+FAMILIES = {"minimax_m2": fam.Family(read_minimax_m2, minimax_names)}

@@ -2,17 +2,16 @@
 
 from dataclasses import replace
 
-from jaxformers.families.common import LLAMA, MLP, Family, Names, head_dim, llama_config, rope, uniform_layers
+from jaxformers.families import common as fam
 from jaxformers.families.keys import Keys
 from jaxformers.models.config import ModelConfig
 
 
 def read_nanochat(c: Keys) -> ModelConfig:
-    kv_heads, bias = c.integer("num_key_value_heads", c.integer("num_attention_heads")), c.flag("attention_bias", False)
-    return llama_config(
+    return fam.llama_config(
         c,
-        layers=uniform_layers(c, rope=replace(rope(c, head_dim(c)), backward=True)),
-        num_kv_heads=kv_heads,
+        layers=fam.uniform_layers(c, rope=replace(fam.rope(c, fam.head_dim(c)), backward=True)),
+        **fam.llama_attention(c),
         norm_weight=False,
         embed_norm=True,
         qk_norm="head",
@@ -20,13 +19,11 @@ def read_nanochat(c: Keys) -> ModelConfig:
         gated=False,
         activation=c.choice("hidden_act", {"relu2": "relu2"}, "relu2"),
         logit_softcap=c.number("final_logit_softcapping", 15.0, null=None),
-        qkv_bias=bias,
-        o_bias=bias,
     )
 
 
-def nanochat_names(_cfg: ModelConfig) -> Names:
-    return Names(LLAMA | {"ffn.up": f"{MLP}fc1.weight", "ffn.down": f"{MLP}fc2.weight"})
+def nanochat_names(_cfg: ModelConfig) -> fam.Names:
+    return fam.Names(fam.LLAMA | {"ffn.up": f"{fam.MLP}fc1.weight", "ffn.down": f"{fam.MLP}fc2.weight"})
 
 
-FAMILIES = {"nanochat": Family(read_nanochat, nanochat_names)}
+FAMILIES = {"nanochat": fam.Family(read_nanochat, nanochat_names)}

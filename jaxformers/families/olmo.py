@@ -2,31 +2,17 @@
 
 from typing import Any
 
-from jaxformers.families.common import (
-    EXPERTS,
-    LLAMA,
-    POST_NORMS,
-    Family,
-    Names,
-    experts,
-    head_dim,
-    layer_types,
-    llama_config,
-    llama_names,
-    rope,
-    uniform_layers,
-)
+from jaxformers.families import common as fam
 from jaxformers.families.keys import Keys
 from jaxformers.models.config import LayerKind, ModelConfig, MoE, Rope
 
 
 def _olmo(c: Keys, **values: Any) -> ModelConfig:
-    bias, kv_heads = c.flag("attention_bias", False), c.integer("num_key_value_heads", c.integer("num_attention_heads"))
-    return llama_config(c, num_kv_heads=kv_heads, qkv_bias=bias, o_bias=bias, **values)
+    return fam.llama_config(c, **fam.llama_attention(c), **values)
 
 
 def read_olmo(c: Keys) -> ModelConfig:
-    layers, clip = uniform_layers(c, rope=rope(c, head_dim(c))), c.number("clip_qkv", None)
+    layers, clip = fam.uniform_layers(c, rope=fam.rope(c, fam.head_dim(c))), c.number("clip_qkv", None)
     return _olmo(c, layers=layers, norm="layer", norm_weight=False, norm_eps=1e-5, qkv_clip=clip)
 
 
@@ -36,23 +22,23 @@ def _olmo2(c: Keys, layers: tuple[LayerKind, ...]) -> ModelConfig:
 
 
 def read_olmo3(c: Keys) -> ModelConfig:
-    types = layer_types(c, lambda i: "sliding_attention" if (i + 1) % 4 else "full_attention")
-    window, dim = c.integer("sliding_window", 4096, null=None), head_dim(c)
-    full = rope(c, dim, layer_type="full_attention", theta=5e5)
+    types = fam.layer_types(c, lambda i: "sliding_attention" if (i + 1) % 4 else "full_attention")
+    window, dim = c.integer("sliding_window", 4096, null=None), fam.head_dim(c)
+    full = fam.rope(c, dim, layer_type="full_attention", theta=5e5)
     # In older files a scaling stands beside the one base of all layers, and is of the full ones.
     nested = c.table("rope_parameters", None)
-    local = rope(c, dim, layer_type="sliding_attention", theta=5e5) if nested else Rope(dim, full.theta)
+    local = fam.rope(c, dim, layer_type="sliding_attention", theta=5e5) if nested else Rope(dim, full.theta)
     kinds = {"full_attention": LayerKind(rope=full), "sliding_attention": LayerKind(window=window, rope=local)}
     return _olmo2(c, tuple(kinds[t] for t in types))
 
 
 def read_olmoe(c: Keys) -> ModelConfig:
     moe = MoE(
-        **experts(c, "num_experts"), d_ff=c.integer("intermediate_size"), normalize=c.flag("norm_topk_prob", False)
+        **fam.experts(c, "num_experts"), d_ff=c.integer("intermediate_size"), normalize=c.flag("norm_topk_prob", False)
     )
     return _olmo(
         c,
-        layers=uniform_layers(c, ffn="moe", rope=rope(c, head_dim(c))),
+        layers=fam.uniform_layers(c, ffn="moe", rope=fam.rope(c, fam.head_dim(c))),
         moe=moe,
         qk_norm="full",
         qkv_clip=c.number("clip_qkv", None),
@@ -60,13 +46,13 @@ def read_olmoe(c: Keys) -> ModelConfig:
     )
 
 
-def olmo2_names(_cfg: ModelConfig) -> Names:
-    return Names(LLAMA | POST_NORMS)
+def olmo2_names(_cfg: ModelConfig) -> fam.Names:
+    return fam.Names(fam.LLAMA | fam.POST_NORMS)
 
 
 FAMILIES = {
-    "olmo": Family(read_olmo, llama_names),
-    "olmo2": Family(lambda c: _olmo2(c, uniform_layers(c, rope=rope(c, head_dim(c)))), olmo2_names),
-    "olmo3": Family(read_olmo3, olmo2_names),
-    "olmoe": Family(read_olmoe, lambda _cfg: Names(LLAMA, moe=EXPERTS)),
+    "olmo": fam.Family(read_olmo, fam.llama_names),
+    "olmo2": fam.Family(lambda c: _olmo2(c, fam.uniform_layers(c, rope=fam.rope(c, fam.head_dim(c)))), olmo2_names),
+    "olmo3": fam.Family(read_olmo3, olmo2_names),
+    "olmoe": fam.Family(read_olmoe, lambda _cfg: fam.Names(fam.LLAMA, moe=fam.EXPERTS)),
 }

@@ -3,21 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from jaxformers.families.common import (
-    EXPERTS,
-    LLAMA,
-    MLP,
-    Family,
-    Names,
-    experts,
-    head_dim,
-    layer_types,
-    llama_config,
-    llama_names,
-    moe_names,
-    rope,
-    uniform_layers,
-)
+from jaxformers.families import common as fam
 from jaxformers.families.keys import Keys
 from jaxformers.models.config import LayerKind, ModelConfig, MoE
 
@@ -33,18 +19,18 @@ def _window(c: Keys) -> int | None:
 def _layers(c: Keys, head_size: int) -> tuple[LayerKind, ...]:
     """Windows on the layers from `max_window_layers` on."""
     window, first = _window(c), c.integer("max_window_layers", 28, minimum=0)
-    types = layer_types(c, lambda i: "sliding_attention" if window and i >= first else "full_attention")
-    turn = rope(c, head_size)
+    types = fam.layer_types(c, lambda i: "sliding_attention" if window and i >= first else "full_attention")
+    turn = fam.rope(c, head_size)
     return tuple(LayerKind(window=window if t == "sliding_attention" else None, rope=turn) for t in types)
 
 
 def read_qwen2(c: Keys) -> ModelConfig:
-    return llama_config(c, layers=_layers(c, head_dim(c)), qkv_bias=True)
+    return fam.llama_config(c, layers=_layers(c, fam.head_dim(c)), qkv_bias=True)
 
 
 def read_qwen3(c: Keys) -> ModelConfig:
-    size, bias = head_dim(c, 128), c.flag("attention_bias", False)
-    return llama_config(c, layers=_layers(c, size), head_dim=size, qk_norm="head", qkv_bias=bias, o_bias=bias)
+    size, bias = fam.head_dim(c, 128), c.flag("attention_bias", False)
+    return fam.llama_config(c, layers=_layers(c, size), head_dim=size, qk_norm="head", qkv_bias=bias, o_bias=bias)
 
 
 def _sparse(c: Keys, kinds: Sequence[LayerKind]) -> tuple[LayerKind, ...]:
@@ -57,36 +43,37 @@ def _sparse(c: Keys, kinds: Sequence[LayerKind]) -> tuple[LayerKind, ...]:
 
 def read_qwen2_moe(c: Keys) -> ModelConfig:
     moe = MoE(
-        **experts(c, "num_experts"),
+        **fam.experts(c, "num_experts"),
         d_ff=c.integer("moe_intermediate_size"),
         normalize=c.flag("norm_topk_prob", False),
         shared_d_ff=c.integer("shared_expert_intermediate_size"),
         shared_gate=True,
     )
     bias = c.flag("qkv_bias", True)
-    return llama_config(c, layers=_sparse(c, _layers(c, head_dim(c))), moe=moe, qkv_bias=bias)
+    return fam.llama_config(c, layers=_sparse(c, _layers(c, fam.head_dim(c))), moe=moe, qkv_bias=bias)
 
 
-def qwen2_moe_names(_cfg: ModelConfig) -> Names:
-    shared = {f"ffn.shared.{x}": f"{MLP}shared_expert.{x}_proj.weight" for x in ("gate", "up", "down")}
-    return Names(LLAMA, moe=EXPERTS | shared | {"ffn.shared_gate": f"{MLP}shared_expert_gate.weight"})
+def qwen2_moe_names(_cfg: ModelConfig) -> fam.Names:
+    shared = {f"ffn.shared.{x}": f"{fam.MLP}shared_expert.{x}_proj.weight" for x in ("gate", "up", "down")}
+    return fam.Names(fam.LLAMA, moe=fam.EXPERTS | shared | {"ffn.shared_gate": f"{fam.MLP}shared_expert_gate.weight"})
 
 
 def read_qwen3_moe(c: Keys) -> ModelConfig:
     count = "num_experts" if c.integer("num_experts", None) else "num_local_experts"
     moe = MoE(
-        **experts(c, count),
-        d_ff=c.integer("moe_intermediate_size"),
-        normalize=c.flag("norm_topk_prob", False),
+        **fam.experts(c, count), d_ff=c.integer("moe_intermediate_size"), normalize=c.flag("norm_topk_prob", False)
     )
     c.integer("max_window_layers", None, minimum=0)  # in every file, and of no effect in this type
-    kinds, bias = uniform_layers(c, window=_window(c), rope=rope(c, head_dim(c))), c.flag("attention_bias", False)
-    return llama_config(c, layers=_sparse(c, kinds), moe=moe, qk_norm="head", qkv_bias=bias, o_bias=bias)
+    kinds, bias = (
+        fam.uniform_layers(c, window=_window(c), rope=fam.rope(c, fam.head_dim(c))),
+        c.flag("attention_bias", False),
+    )
+    return fam.llama_config(c, layers=_sparse(c, kinds), moe=moe, qk_norm="head", qkv_bias=bias, o_bias=bias)
 
 
 FAMILIES = {
-    "qwen2": Family(read_qwen2, llama_names),
-    "qwen3": Family(read_qwen3, llama_names),
-    "qwen2_moe": Family(read_qwen2_moe, qwen2_moe_names),
-    "qwen3_moe": Family(read_qwen3_moe, moe_names),
+    "qwen2": fam.Family(read_qwen2, fam.llama_names),
+    "qwen3": fam.Family(read_qwen3, fam.llama_names),
+    "qwen2_moe": fam.Family(read_qwen2_moe, qwen2_moe_names),
+    "qwen3_moe": fam.Family(read_qwen3_moe, fam.moe_names),
 }

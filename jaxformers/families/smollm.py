@@ -1,6 +1,6 @@
 """SmolLM3: no rope on some layers."""
 
-from jaxformers.families.common import Family, head_dim, layer_types, llama_config, llama_names, rope
+from jaxformers.families import common as fam
 from jaxformers.families.keys import Keys
 from jaxformers.models.config import LayerKind, ModelConfig
 
@@ -12,9 +12,9 @@ def read_smollm3(c: Keys) -> ModelConfig:
         raise c.error("no_rope_layers", rotated, f"{count} entries, 1 (rope) or 0 (none)")
     window = c.integer("sliding_window", None) if c.flag("use_sliding_window", False) else None
     c.integer("sliding_window", None)
-    types = layer_types(c, lambda i: "full_attention" if window is None or rotated[i] else "sliding_attention")
-    turn, bias = rope(c, head_dim(c), theta=2e6), c.flag("attention_bias", False)
-    return llama_config(
+    types = fam.layer_types(c, lambda i: "full_attention" if window is None or rotated[i] else "sliding_attention")
+    turn, bias = fam.rope(c, fam.head_dim(c), theta=2e6), c.flag("attention_bias", False)
+    return fam.llama_config(
         c,
         layers=tuple(
             LayerKind(window=window if t == "sliding_attention" else None, rope=turn if on else None)
@@ -28,4 +28,4 @@ def read_smollm3(c: Keys) -> ModelConfig:
     )
 
 
-FAMILIES = {"smollm3": Family(read_smollm3, llama_names)}
+FAMILIES = {"smollm3": fam.Family(read_smollm3, fam.llama_names)}

@@ -1,6 +1,6 @@
 """StableLM: layer norms, a quarter of each head rotated, parallel branches in some sizes."""
 
-from jaxformers.families.common import Family, head_dim, llama_config, llama_names, rope, uniform_layers
+from jaxformers.families import common as fam
 from jaxformers.families.keys import Keys
 from jaxformers.models.config import ModelConfig
 
@@ -8,9 +8,9 @@ from jaxformers.models.config import ModelConfig
 def read_stablelm(c: Keys) -> ModelConfig:
     c.expect("qk_layernorm", False)
     parallel = c.flag("use_parallel_residual", False)
-    return llama_config(
+    return fam.llama_config(
         c,
-        layers=uniform_layers(c, rope=rope(c, head_dim(c), fraction=0.25)),
+        layers=fam.uniform_layers(c, rope=fam.rope(c, fam.head_dim(c), fraction=0.25)),
         num_kv_heads=c.integer("num_key_value_heads", 32),
         norm="layer",
         norm_bias=True,
@@ -21,4 +21,4 @@ def read_stablelm(c: Keys) -> ModelConfig:
     )
 
 
-FAMILIES = {"stablelm": Family(read_stablelm, llama_names)}
+FAMILIES = {"stablelm": fam.Family(read_stablelm, fam.llama_names)}

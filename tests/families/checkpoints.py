@@ -227,7 +227,9 @@ ROWS = {
     "hunyuan_v1_dense": Row("hunyuan_v1_dense", {"head_dim": 16, "attention_bias": True}),
     "hunyuan_v1_moe": Row("hunyuan_v1_moe", {"head_dim": 16, "num_experts": 5, "moe_topk": 2}),
     "exaone4": Row("exaone4", {"sliding_window": 5}),
-    "exaone4-full": Row("exaone4", {"sliding_window": None, "num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}),
+    "exaone4-full": Row(
+        "exaone4", {"sliding_window": None, "num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}
+    ),
     "qwen2_moe": Row(
         "qwen2_moe",
         MOE | {"num_experts": 5, "shared_expert_intermediate_size": 20, "num_hidden_layers": 3, "mlp_only_layers": [0]},
