@@ -11,14 +11,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxformers.families import deepseek, gemma, gpt, llama, qwen
+from jaxformers.families import (
+    baichuan,
+    chatglm,
+    deepseek,
+    gemma,
+    gpt,
+    internlm,
+    llama,
+    qwen,
+    qwen1,
+    renamed,
+    telechat,
+)
 from jaxformers.families.common import Family, Names
 from jaxformers.families.keys import Keys
 from jaxformers.models.config import ModelConfig
 
 FAMILIES: dict[str, Family] = {
     model_type: family
-    for module in (llama, qwen, gemma, deepseek, gpt)
+    for module in (llama, qwen, gemma, deepseek, gpt, baichuan, internlm, qwen1, chatglm, telechat, renamed)
     for model_type, family in module.FAMILIES.items()
 }
 

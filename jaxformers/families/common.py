@@ -93,6 +93,16 @@ def linears(prefix: str, **names: str) -> dict[str, str]:
     return entries | {f"{prefix}{ours}_b": f"{theirs}.bias" for ours, theirs in names.items()}
 
 
+def fused(tensor: str, view: tuple[int, ...], axis: int, sizes: Mapping[str, int]) -> dict[str, str | Source]:
+    """Table entries for weights that lie side by side along one axis of a viewed tensor, in the order of `sizes`."""
+    entries: dict[str, str | Source] = {}
+    start = 0
+    for ours, size in sizes.items():
+        entries[ours] = Source(tensor, view, axis, start, start + size)
+        start += size
+    return entries
+
+
 LLAMA: dict[str, str | Source] = {
     "embed": "model.embed_tokens.weight",
     "lm_head": "lm_head.weight",
@@ -147,9 +157,10 @@ def llama_config(c: Keys, **values: Any) -> ModelConfig:
         "d_ff": c.integer("intermediate_size"),
         "num_heads": heads,
         "num_kv_heads": kv_heads,
-        "context_length": c.integer("max_position_embeddings"),
         "norm_eps": c.number("rms_norm_eps", 1e-6),
     }
+    if "context_length" not in values:
+        defaults["context_length"] = c.integer("max_position_embeddings")
     if "head_dim" not in values:
         defaults["head_dim"] = head_dim(c)
     if "activation" not in values:
@@ -219,7 +230,9 @@ def rope_scaling(c: Keys, context: int) -> RopeScaling | None:
             return Llama3Scaling(c.number("factor"), original, low, high)
         case "yarn":
             return _yarn(c, original)
-    raise c.error("rope_type", kind, "one of default, dynamic, linear, llama3, yarn")
+        case "telechat3-yarn":
+            return _yarn(c, original, growth=0.7)
+    raise c.error("rope_type", kind, "one of default, dynamic, linear, llama3, telechat3-yarn, yarn")
 
 
 def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
@@ -227,12 +240,12 @@ def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def _yarn(c: Keys, original: int) -> YarnScaling:
+def _yarn(c: Keys, original: int, *, growth: float = 1.0) -> YarnScaling:
     factor, mscale, mscale_all = c.number("factor"), c.number("mscale", None), c.number("mscale_all_dim", None)
     if mscale and mscale_all:
         grown = yarn_mscale(factor, mscale) / yarn_mscale(factor, mscale_all)
     else:
-        grown = yarn_mscale(factor)
+        grown = yarn_mscale(factor, growth)
     return YarnScaling(
         factor,
         original,

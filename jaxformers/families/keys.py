@@ -80,6 +80,10 @@ class Keys:
         if value is not None and value not in allowed:
             raise self.error(key, value, " or ".join(repr(a) for a in allowed))
 
+    def skip(self, *keys: str) -> None:
+        """Marks keys of this family that change nothing of what is computed."""
+        self._read.update(keys)
+
     def error(self, key: str, value: Any, allowed: str) -> ValueError:
         return ValueError(f"{self.model_type} config: {key} is {value!r}; it must be {allowed}")
 

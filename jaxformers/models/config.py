@@ -150,6 +150,8 @@ class ModelConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     lm_head_bias: bool = False
+    down_bias: bool = False  # TeleChat: of the feed-forward's projections, only the last has a bias
+    normalize_head: bool = False  # Baichuan 2: each row of the head is divided by its length
     activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"] = "silu"
     gated: bool = True
     tie_embeddings: bool = False

@@ -22,7 +22,7 @@ from jaxformers.models.params import Params, layer_spec, model_spec
 from jaxformers.models.rope import rotations
 from jaxformers.models.routing import MoEStats
 from jaxformers.models.runtime import Runtime
-from jaxformers.models.weights import linear, lookup, transposed_linear
+from jaxformers.models.weights import linear, lookup, output_lengths, transposed_linear
 
 MIXERS = {"gqa": gqa, "mla": mla}
 
@@ -72,6 +72,8 @@ def unembed(params: Params, cfg: ModelConfig, x: jax.Array, runtime: Runtime) ->
         logits = transposed_linear(x, params["embed"])
     else:
         logits = linear(x, params["lm_head"], out_dtype=jnp.float32)
+    if cfg.normalize_head:
+        logits /= output_lengths(params["lm_head"])
     if cfg.lm_head_bias:
         logits += params["lm_head_b"].astype(jnp.float32)
     logits = runtime.shard(logits, "batch", *("seq",) * (logits.ndim - 2), "vocab")

@@ -128,9 +128,10 @@ def mlp_spec(cfg: ModelConfig, d_ff: int) -> Params:
     }
     if cfg.gated:
         spec["gate"] = linear_spec((d, d_ff), ("embed", "mlp"))
+    if cfg.mlp_bias or cfg.down_bias:
+        spec["down_b"] = ParamSpec((d,), (None,), "zeros")
     if cfg.mlp_bias:
         spec["up_b"] = ParamSpec((d_ff,), ("mlp",), "zeros")
-        spec["down_b"] = ParamSpec((d,), (None,), "zeros")
         if cfg.gated:
             spec["gate_b"] = ParamSpec((d_ff,), ("mlp",), "zeros")
     return spec
