@@ -11,7 +11,6 @@ def read_chatglm(c: Keys) -> ModelConfig:
         ("rmsnorm", True),
         ("post_layer_norm", True),
         ("original_rope", True),
-        ("multi_query_attention", True),
         ("apply_residual_connection_post_layernorm", False),
         ("fp32_residual_connection", False),
         ("tie_word_embeddings", False),
@@ -21,13 +20,17 @@ def read_chatglm(c: Keys) -> ModelConfig:
         ("interleaved_qkv", False),
     ):
         c.expect(key, only)
+    if not c.flag("multi_query_attention", False):
+        raise c.error("multi_query_attention", False, "true")
     # Scaling scores by the layer's number is undone within the softmax.
     c.skip("apply_query_key_layer_scaling", "attention_softmax_in_fp32", "bias_dropout_fusion", "classifier_dropout")
     heads, groups, size = (c.integer(x) for x in ("num_attention_heads", "multi_query_group_num", "kv_channels"))
     if heads % groups:
         raise c.error("multi_query_group_num", groups, f"a divisor of num_attention_heads ({heads})")
     vocabulary, bias = c.integer("padded_vocab_size"), c.flag("add_bias_linear", False)
+    # Newer files say both of these twice.
     c.expect("vocab_size", vocabulary)
+    c.expect("num_hidden_layers", c.integer("num_layers"))
     turn = Rope(size // 2, 10_000.0 * c.number("rope_ratio", 1.0), interleaved=True)
     return ModelConfig(
         family="chatglm",

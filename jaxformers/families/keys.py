@@ -16,7 +16,7 @@ IRRELEVANT = frozenset(
     router_jitter_noise aux_loss_alpha seq_aux summary_type summary_use_proj summary_activation
     summary_proj_to_labels summary_first_dropout task_specific_params tokenizer_class unsloth_version unsloth_fixed
     cache_implementation _attn_implementation ep_size num_nextn_predict_layers reorder_and_upcast_attn
-    gradient_checkpointing
+    gradient_checkpointing _from_model_config
     """.split()
 )
 # Keys that change what is computed unless they hold this value.

@@ -4,6 +4,7 @@ import functools
 import json
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from families.checkpoints import assert_close, reference_logits, tokens
@@ -21,6 +22,10 @@ from families.passes import (
 from jaxformers.hub.convert import export_tensors
 from jaxformers.hub.pretrained import write_pretrained
 from jaxformers.hub.safetensors import open_tensors
+from jaxformers.models.decoder import unembed
+from jaxformers.models.layout import prepare
+from jaxformers.models.runtime import Runtime
+from jaxformers.train.losses import head_loss
 
 every_twin = pytest.mark.parametrize("name", TWINS)
 
@@ -85,3 +90,27 @@ def test_import_and_export_are_bit_equal(name, tmp_path):
         assert (ours[tensor].dtype, ours[tensor].shape) == (value.dtype, value.shape), tensor
         assert ours[tensor].tobytes() == value.tobytes(), tensor
     assert json.loads((tmp_path / "config.json").read_text()) == c.twin.config | {"dtype": "float32"}
+
+
+def test_a_normalized_head_trains_in_chunks_and_decodes_from_prepared_weights():
+    cfg, params, _ = checkpoint("baichuan2").ours
+    ids = tokens(2, LENGTH)
+    hidden = jax.random.normal(jax.random.key(0), (2, LENGTH, cfg.d_model))
+    batch = {"targets": ids, "weights": np.ones(ids.shape, np.float32)}
+    head = {name: params[name] for name in ("lm_head", "final_norm")}
+
+    def loss(head, hidden, chunk):
+        return head_loss(head, hidden, batch, cfg, Runtime(), z_weight=0.1, chunk=chunk)[0]
+
+    whole = jax.value_and_grad(loss, argnums=(0, 1))(head, hidden, None)
+    jax.tree.map(assert_close, jax.value_and_grad(loss, argnums=(0, 1))(head, hidden, 4), whole)
+    prepared = prepare(params, cfg, dtype=np.float32, whole=True, on_cpu=True)
+    assert_close(unembed(prepared, cfg, hidden, Runtime()), unembed(params, cfg, hidden, Runtime()))
+
+
+def test_an_all_zero_row_of_a_normalized_head_has_a_logit_and_a_gradient_of_zero():
+    cfg, params, _ = checkpoint("baichuan2").ours
+    head = {"final_norm": params["final_norm"], "lm_head": params["lm_head"].at[:, 5].set(0.0)}
+    logits, pull = jax.vjp(lambda head: unembed(head, cfg, np.ones((1, cfg.d_model), np.float32), Runtime()), head)
+    assert logits[0, 5] == 0.0
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(pull(logits)))
