@@ -19,6 +19,7 @@ from jaxformers.families import (
     gpt,
     internlm,
     llama,
+    pangu,
     qwen,
     qwen1,
     renamed,
@@ -30,7 +31,7 @@ from jaxformers.models.config import ModelConfig
 
 FAMILIES: dict[str, Family] = {
     model_type: family
-    for module in (llama, qwen, gemma, deepseek, gpt, baichuan, internlm, qwen1, chatglm, telechat, renamed)
+    for module in (llama, qwen, gemma, deepseek, gpt, baichuan, internlm, qwen1, chatglm, telechat, renamed, pangu)
     for model_type, family in module.FAMILIES.items()
 }
 

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -132,6 +133,48 @@ class AlibiLlama(transformers.LlamaForCausalLM):
         distance = (t[:, None] - t)[None, None]
         bias = torch.where(distance < 0, torch.finfo(torch.float32).min, -self.slopes * distance)
         return super().forward(ids, attention_mask=bias, use_cache=False, **kwargs)
+
+
+class PanguLayer(nn.Module):
+    def __init__(self, width: int, heads: int, ffn: int):
+        super().__init__()
+        self.heads = heads
+        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attn = nn.ModuleDict({f"{x}_proj": nn.Linear(width, width) for x in "qkvc"})
+        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, ffn), "c_proj": nn.Linear(ffn, width)})
+
+    def forward(self, x: torch.Tensor, query: torch.Tensor | None) -> torch.Tensor:
+        normed = self.ln_1(x)
+        asking = normed if query is None else query.expand_as(normed)
+        q, k, v = (
+            self.attn[f"{name}_proj"](source).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for name, source in (("q", asking), ("k", normed), ("v", normed))
+        )
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.attn["c_proj"](mixed.transpose(1, 2).flatten(2))
+        return x + self.mlp["c_proj"](nn.functional.gelu(self.mlp["c_fc"](self.ln_2(x))))
+
+
+class PanguAlpha(nn.Module):
+    """PanGu-alpha (arXiv:2104.12369, section 2.2): on top of a GPT, a layer of the same shape whose query is an
+    embedding of the position and not of what was read; the GPT's final norm comes before it."""
+
+    def __init__(self, *, width: int = 32, heads: int = 4, ffn: int = 48, layers: int = 3):
+        super().__init__()
+        tables = {"wte": nn.Embedding(VOCAB, width), "wpe": nn.Embedding(64, width), "wqe": nn.Embedding(64, width)}
+        stack = nn.ModuleList(PanguLayer(width, heads, ffn) for _ in range(layers))
+        self.transformer = nn.ModuleDict(tables | {"h": stack, "ln_f": nn.LayerNorm(width)})
+        perturb(self)
+
+    def forward(self, ids: torch.Tensor) -> SimpleNamespace:
+        t = self.transformer
+        positions = torch.arange(ids.shape[1])
+        x = t["wte"](ids) + t["wpe"](positions)
+        *gpt, top = t["h"]
+        for layer in gpt:
+            x = layer(x, None)
+        x = top(t["ln_f"](x), t["wqe"](positions))
+        return SimpleNamespace(logits=nn.functional.linear(x, t["wte"].weight))
 
 
 def llama(model_type: str = "llama", **settings: Any) -> nn.Module:
@@ -366,6 +409,21 @@ TWINS = {
         LLAMA_KEYS | POSITIONS | {"model_type": "Yi", "num_key_value_heads": 2, "rope_theta": 1000},
         lambda: llama(**ROPE),
         Layout(LLAMA | {f"{LAYER}input_layernorm": f"{LAYER}ln1", f"{LAYER}post_attention_layernorm": f"{LAYER}ln2"}),
+    ),
+    "gpt_pangu": Twin(
+        {
+            "model_type": "gpt_pangu",
+            "vocab_size": VOCAB,
+            "max_position_embeddings": 64,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_layers": 3,
+            "num_heads": 4,
+            "activation_function": "gelu",
+            "layer_norm_epsilon": 1e-5,
+        },
+        PanguAlpha,
+        lambda tensors: tensors,
     ),
 }
 

@@ -317,6 +317,31 @@ DEEPSEEK_CODER_6_7B = CODE_LLAMA_7B | {
     "rope_theta": 100000,
     "vocab_size": 32256,
 }
+PANGU_2_6B = {
+    "activation_function": "gelu",
+    "architectures": ["GPTPanguForCausalLM"],
+    "attn_pdrop": 0.1,
+    "bos_token_id": 9,
+    "embd_pdrop": 0.1,
+    "eos_token_id": 9,
+    "hidden_size": 2560,
+    "initializer_range": 0.02,
+    "intermediate_size": None,
+    "layer_norm_epsilon": 1e-05,
+    "max_position_embeddings": 1024,
+    "model_type": "gpt_pangu",
+    "num_heads": 32,
+    "num_layers": 32,
+    "resid_pdrop": 0.1,
+    "scale_attn_weights": True,
+    "summary_activation": None,
+    "summary_first_dropout": 0.1,
+    "summary_proj_to_labels": True,
+    "summary_type": "cls_index",
+    "summary_use_proj": True,
+    "use_cache": True,
+    "vocab_size": 40000,
+}
 
 PUBLISHED = {
     "Baichuan-7B": (BAICHUAN_7B, "7.000559616"),
@@ -344,6 +369,7 @@ PUBLISHED = {
     "TeleChat3-36B": (TELECHAT3_36B, "36"),
     "Yi-6B": (YI_6B, "6.06"),
     "Yi-34B": (YI_34B, "34.4"),
+    "PanGu-alpha-2.6B": (PANGU_2_6B, "2.6"),
     "CodeLlama-7B": (CODE_LLAMA_7B, "6.74"),
     "DeepSeek-Coder-6.7B": (DEEPSEEK_CODER_6_7B, "6.74"),
 }

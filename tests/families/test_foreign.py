@@ -54,8 +54,14 @@ def test_loss_and_every_gradient_are_the_twins(name):
     assert_close(ours.loss, loss)
     grads = export_tensors(checkpoint(name).ours.config, ours.grads)
     assert grads.keys() == truth.keys()
+    # Where nothing rotates, a key's bias shifts all scores of a query alike: its gradient is rounding errors alone.
+    noise = 1e-6 * max(np.abs(gradient.numpy()).max() for gradient in truth.values())
     for tensor, gradient in truth.items():
-        assert_close(grads[tensor], gradient, what=tensor)
+        if np.abs(gradient.numpy()).max() < noise:
+            assert tensor.endswith("k_proj.bias")
+            assert np.abs(np.asarray(grads[tensor])).max() < noise, tensor
+        else:
+            assert_close(grads[tensor], gradient, what=tensor)
 
 
 @every_twin
