@@ -13,7 +13,9 @@ from typing import Any
 
 from jaxformers.families import (
     apertus,
+    baichuan,
     bloom,
+    chatglm,
     cohere,
     deepseek,
     dots,
@@ -27,6 +29,7 @@ from jaxformers.families import (
     granite,
     helium,
     hunyuan,
+    internlm,
     internlm3,
     llama,
     minimax,
@@ -37,11 +40,15 @@ from jaxformers.families import (
     neox,
     olmo,
     opt,
+    pangu,
     phi,
     qwen,
+    qwen1,
+    renamed,
     smollm,
     stablelm,
     starcoder,
+    telechat,
 )
 from jaxformers.families.common import Family, Names
 from jaxformers.families.keys import Keys
@@ -50,7 +57,7 @@ from jaxformers.models.config import ModelConfig
 MODULES = (
     llama, mistral, qwen, gemma, phi, deepseek, gpt_oss, glm, olmo, granite, cohere, ernie, hunyuan, exaone, dots,
     minimax, apertus, smollm, helium, internlm3, nemotron, stablelm, starcoder, falcon, bloom, mpt, opt, neox, gpt2,
-    nanochat,
+    nanochat, baichuan, internlm, qwen1, chatglm, telechat, renamed, pangu,
 )  # fmt: skip
 FAMILIES: dict[str, Family] = {
     model_type: family for module in MODULES for model_type, family in module.FAMILIES.items()

@@ -9,13 +9,8 @@ def read_bloom(c: Keys) -> ModelConfig:
     c.expect("apply_residual_connection_post_layernorm", False)
     width = "n_embed" if c.integer("n_embed", None) else "hidden_size"
     c.integer("hidden_size", None)
-    c.expect("offset_alibi", 100)
-    c.expect("masked_softmax_fusion", True, False)
-    c.expect("bias_dropout_fusion", True, False)
-    c.expect("skip_bias_add", True, False)
-    c.expect("skip_bias_add_qkv", False)
-    c.expect("attention_softmax_in_fp32", True)
-    c.expect("unk_token_id", 0)
+    c.skip("offset_alibi", "masked_softmax_fusion", "bias_dropout_fusion", "skip_bias_add", "skip_bias_add_qkv")
+    c.skip("attention_softmax_in_fp32", "unk_token_id")
     return fam.gpt_config(
         c,
         width=width,

@@ -222,9 +222,10 @@ def llama_config(c: Keys, **values: Any) -> ModelConfig:
         "d_ff": c.integer("intermediate_size"),
         "num_heads": heads,
         "num_kv_heads": kv_heads,
-        "context_length": c.integer("max_position_embeddings"),
         "norm_eps": c.number("rms_norm_eps", 1e-6),
     }
+    if "context_length" not in values:
+        defaults["context_length"] = c.integer("max_position_embeddings")
     if "head_dim" not in values:
         defaults["head_dim"] = head_dim(c)
     if "activation" not in values:
@@ -328,7 +329,9 @@ def rope_scaling(c: Keys, context: int, outer: int | None = None) -> RopeScaling
             return _yarn(c, original)
         case "longrope" | "su":
             return _longrope(c, context, original)
-    raise c.error("rope_type", kind, "one of default, dynamic, linear, llama3, longrope, yarn")
+        case "telechat3-yarn":
+            return _yarn(c, original, growth=0.7)
+    raise c.error("rope_type", kind, "one of default, dynamic, linear, llama3, longrope, telechat3-yarn, yarn")
 
 
 def _longrope(c: Keys, context: int, original: int) -> LongRopeScaling:
@@ -345,12 +348,12 @@ def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def _yarn(c: Keys, original: int) -> YarnScaling:
+def _yarn(c: Keys, original: int, *, growth: float = 1.0) -> YarnScaling:
     factor, mscale, mscale_all = c.number("factor"), c.number("mscale", None), c.number("mscale_all_dim", None)
     if mscale and mscale_all:
         grown = yarn_mscale(factor, mscale) / yarn_mscale(factor, mscale_all)
     else:
-        grown = yarn_mscale(factor)
+        grown = yarn_mscale(factor, growth)
     return YarnScaling(
         factor,
         original,

@@ -17,8 +17,7 @@ def read_minimax_m2(c: Keys) -> ModelConfig:
         ("attn_type_list", [1] * c.integer("num_hidden_layers")),
     ):
         c.expect(key, only)
-    for key in ("use_mtp", "num_mtp_modules", "mtp_transformer_layers"):  # modules behind the decoder
-        c.expect(key, c.values.get(key))
+    c.skip("use_mtp", "num_mtp_modules", "mtp_transformer_layers")  # of modules behind the decoder
     moe = MoE(
         **fam.experts(c, "num_local_experts"), d_ff=c.integer("intermediate_size"), score="sigmoid", select_bias=True
     )

@@ -10,9 +10,8 @@ def read_mpt(c: Keys) -> ModelConfig:
     c.expect("no_bias", True)
     c.expect("embedding_fraction", 1.0)
     c.expect("norm_type", "low_precision_layernorm")
-    c.expect("verbose", 0, 1)
-    for key in ("learned_pos_emb", "logit_scale", "use_pad_tok_in_ffn", "init_config", "ffn_config"):
-        c.expect(key, True, False, c.values.get(key))  # of no effect in the reference implementation
+    # Of no effect in the reference implementation.
+    c.skip("learned_pos_emb", "logit_scale", "use_pad_tok_in_ffn", "init_config", "ffn_config", "verbose")
     a = Keys({**c.table("attn_config", {}), "model_type": "mpt attn_config"})
     for key, only in (
         ("attn_type", "multihead_attention"),
@@ -22,8 +21,7 @@ def read_mpt(c: Keys) -> ModelConfig:
         ("alibi_bias_max", 8),
     ):
         a.expect(key, only)
-    for key in ("attn_pdrop", "attn_impl", "attn_uses_sequence_id"):
-        a.expect(key, a.values.get(key))
+    a.skip("attn_pdrop", "attn_impl", "attn_uses_sequence_id")
     clip, scale = a.number("clip_qkv", None), a.number("softmax_scale", None)
     a.finish()
     return gpt_config(

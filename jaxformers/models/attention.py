@@ -19,7 +19,7 @@ from jaxformers.models.layers import norm, softcap
 from jaxformers.models.masks import Visibility
 from jaxformers.models.params import Params
 from jaxformers.models.rope import rotate
-from jaxformers.models.weights import linear
+from jaxformers.models.weights import linear, lookup
 
 MASKED = float(jnp.finfo(jnp.float32).min)
 
@@ -142,7 +142,9 @@ def _project_qkv(p: Params, x: jax.Array, ctx: Context, cfg: ModelConfig) -> tup
         fused = linear(x, p["qkv"], p.get("qkv_b")).reshape(*x.shape[:2], h + 2 * k, cfg.head_dim)
         parts = jnp.split(fused, [h, h + k], axis=2)
     else:
-        parts = [linear(x, p[name], p.get(f"{name}_b")) for name in "qkv"]
+        asking = lookup(p["queries"], ctx.positions, dtype=x.dtype) if "queries" in p else x
+        sources = zip((asking, x, x), "qkv", strict=True)
+        parts = [linear(source, p[name], p.get(f"{name}_b")) for source, name in sources]
     query, key, value = (ctx.save(part, name) for part, name in zip(parts, "qkv", strict=True))
     return query, key, value
 

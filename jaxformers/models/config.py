@@ -81,9 +81,13 @@ class Rope:
 
 @dataclass(frozen=True)
 class LayerKind:
-    """All that may differ between layers. Layers of equal kinds share one compiled body."""
+    """All that may differ between layers. Layers of equal kinds share one compiled body.
 
-    mixer: Literal["gqa", "mla"] = "gqa"
+    A `query` layer (PanGu-alpha, arXiv:2104.12369) is grouped-query attention whose queries are made from a table of
+    positions instead of the layer's input, over a residual that is normalised first.
+    """
+
+    mixer: Literal["gqa", "mla", "query"] = "gqa"
     ffn: Literal["dense", "moe"] = "dense"
     window: int | None = None  # keys visible behind each query, itself included; None = all
     rope: Rope | None = None
@@ -162,6 +166,7 @@ class ModelConfig:
     norm_bias: bool = False
     norm_offset: float = 0.0  # Gemma stores w where the layer multiplies by 1 + w
     pre_norm: bool = True
+    final_norm: bool = True
     post_norm: bool = False  # each branch's output is normalised before the residual add
     parallel: bool = False  # attention and feed-forward read the same residual
     shared_norm: bool = False  # ... through the same norm
@@ -174,6 +179,8 @@ class ModelConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     lm_head_bias: bool = False
+    down_bias: bool = False  # TeleChat: of the feed-forward's projections, only the last has a bias
+    normalize_head: bool = False  # Baichuan 2: each row of the head is divided by its length
     activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "xielu"] = "silu"  # xielu has weights
     gated: bool = True
     tie_embeddings: bool = False

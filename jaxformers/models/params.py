@@ -97,6 +97,12 @@ def gqa_spec(cfg: ModelConfig) -> Params:
     return spec
 
 
+def query_spec(cfg: ModelConfig) -> Params:
+    """Grouped-query attention with the table [P, D] that its queries are made from."""
+    table = ParamSpec((cfg.context_length, cfg.d_model), (None, "embed"), "normal", cfg.d_model)
+    return gqa_spec(cfg) | {"queries": table}
+
+
 def mla_spec(cfg: ModelConfig) -> Params:
     """Multi-head latent attention: kv_a [D, R] and k_rope [D, P] compress, k_b and v_b [R, H, N] expand."""
     m = cfg.mla
@@ -128,9 +134,10 @@ def mlp_spec(cfg: ModelConfig, d_ff: int) -> Params:
     }
     if cfg.gated:
         spec["gate"] = linear_spec((d, d_ff), ("embed", "mlp"))
+    if cfg.mlp_bias or cfg.down_bias:
+        spec["down_b"] = ParamSpec((d,), (None,), "zeros")
     if cfg.mlp_bias:
         spec["up_b"] = ParamSpec((d_ff,), ("mlp",), "zeros")
-        spec["down_b"] = ParamSpec((d,), (None,), "zeros")
         if cfg.gated:
             spec["gate_b"] = ParamSpec((d_ff,), ("mlp",), "zeros")
     if cfg.activation == "xielu":
@@ -168,13 +175,16 @@ def moe_spec(cfg: ModelConfig) -> Params:
     return spec
 
 
+MIXER_SPECS = {"gqa": gqa_spec, "mla": mla_spec, "query": query_spec}
+
+
 def layer_spec(cfg: ModelConfig, kind: LayerKind) -> Params:
     """Every weight of one layer."""
     spec: Params = {
-        "attn": gqa_spec(cfg) if kind.mixer == "gqa" else mla_spec(cfg),
+        "attn": MIXER_SPECS[kind.mixer](cfg),
         "ffn": mlp_spec(cfg, cfg.d_ff) if kind.ffn == "dense" else moe_spec(cfg),
     }
-    names = []
+    names = ["entry_norm"] if kind.mixer == "query" else []
     if cfg.pre_norm:
         names += ["attn_norm"] if cfg.shared_norm else ["attn_norm", "ffn_norm"]
     if cfg.post_norm:
@@ -187,12 +197,13 @@ def model_spec(cfg: ModelConfig) -> Params:
     v, d = cfg.vocab_size, cfg.d_model
     spec: Params = {
         "embed": ParamSpec((v, d), ("vocab", "embed"), "normal", d),
-        "final_norm": norm_spec(cfg, d),
         "layers": [
             [jax.tree.map(lambda s, n=stack.repeats: s.stacked(n), layer_spec(cfg, kind)) for kind in stack.pattern]
             for stack in plan_stacks(cfg.layers)
         ],
     }
+    if cfg.final_norm:
+        spec["final_norm"] = norm_spec(cfg, d)
     if cfg.learned_positions:
         spec["positions"] = ParamSpec((cfg.learned_positions, d), (None, "embed"), "normal", d)
     if cfg.embed_norm:
