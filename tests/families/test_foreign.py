@@ -57,8 +57,7 @@ def test_loss_and_every_gradient_are_the_twins(name):
     # Where nothing rotates, a key's bias shifts all scores of a query alike: its gradient is rounding errors alone.
     noise = 1e-6 * max(np.abs(gradient.numpy()).max() for gradient in truth.values())
     for tensor, gradient in truth.items():
-        if np.abs(gradient.numpy()).max() < noise:
-            assert tensor.endswith("k_proj.bias")
+        if tensor.endswith("k_proj.bias") and np.abs(gradient.numpy()).max() < noise:
             assert np.abs(np.asarray(grads[tensor])).max() < noise, tensor
         else:
             assert_close(grads[tensor], gradient, what=tensor)
@@ -98,7 +97,7 @@ def test_import_and_export_are_bit_equal(name, tmp_path):
     assert json.loads((tmp_path / "config.json").read_text()) == c.twin.config | {"dtype": "float32"}
 
 
-def test_a_normalized_head_trains_in_chunks_and_decodes_from_prepared_weights():
+def test_a_normalized_head_trains_in_chunks():
     cfg, params, _ = checkpoint("baichuan2").ours
     ids = tokens(2, LENGTH)
     hidden = jax.random.normal(jax.random.key(0), (2, LENGTH, cfg.d_model))
@@ -110,8 +109,15 @@ def test_a_normalized_head_trains_in_chunks_and_decodes_from_prepared_weights():
 
     whole = jax.value_and_grad(loss, argnums=(0, 1))(head, hidden, None)
     jax.tree.map(assert_close, jax.value_and_grad(loss, argnums=(0, 1))(head, hidden, 4), whole)
-    prepared = prepare(params, cfg, dtype=np.float32, whole=True, on_cpu=True)
-    assert_close(unembed(prepared, cfg, hidden, Runtime()), unembed(params, cfg, hidden, Runtime()))
+
+
+@pytest.mark.parametrize("name", ["baichuan2", "gpt_pangu"])
+def test_prepared_weights_decode_the_same_text(name):
+    ours = checkpoint(name).ours
+    prepared = prepare(ours.params, ours.config, dtype=np.float32, whole=True, on_cpu=True)
+    prompt = tokens(2, PROMPTS[0])
+    text = greedy_text(compile_decoding(ours._replace(params=prepared)), ours, prompt)
+    np.testing.assert_array_equal(text, greedy_text(decoding_step(name), ours, prompt))
 
 
 def test_an_all_zero_row_of_a_normalized_head_has_a_logit_and_a_gradient_of_zero():
