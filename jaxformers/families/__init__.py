@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxformers.families import deepseek, gemma, gpt, llama, qwen
+from jaxformers.families.catalog import published_config
 from jaxformers.families.common import Family, Names
 from jaxformers.families.keys import Keys
 from jaxformers.models.config import ModelConfig
@@ -25,11 +26,12 @@ FAMILIES: dict[str, Family] = {
 
 def read_config(source: str | Path | Mapping[str, Any]) -> ModelConfig:
     """The architecture that a Hugging Face `config.json` describes: a directory holding one, the file, or its content.
+    The name of a published size (`"qwen3-0.6b"`) stands for its file.
 
     ValueError names an unknown `model_type` (with those known), a missing or mistyped key, a value that is not
     implemented, and every key that would change the model but is not understood.
     """
-    values = source if isinstance(source, Mapping) else _read_file(Path(source))
+    values = source if isinstance(source, Mapping) else _read_named(source)
     model_type = values.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(f"model_type {model_type!r} is not known; known are {', '.join(sorted(FAMILIES))}")
@@ -49,6 +51,13 @@ def read_config(source: str | Path | Mapping[str, Any]) -> ModelConfig:
 def names_of(cfg: ModelConfig) -> Names:
     """Where each weight of this architecture lives in its family's checkpoints."""
     return FAMILIES[cfg.family].names(cfg)
+
+
+def _read_named(source: str | Path) -> dict[str, Any]:
+    """The file at a path, or, for a bare name of nothing on disk, the config of that published size."""
+    path = Path(source)
+    is_name = isinstance(source, str) and path.name == source and path.suffix != ".json" and not path.exists()
+    return published_config(source) if is_name else _read_file(path)
 
 
 def _read_file(path: Path) -> dict[str, Any]:
