@@ -17,8 +17,9 @@ import numpy as np
 
 from jaxformers.families import names_of
 from jaxformers.families.common import Names
+from jaxformers.hub.copying import copies, empty_aligned, run_all
 from jaxformers.hub.layout import LeafPath, Part, parts
-from jaxformers.hub.safetensors import Deferred
+from jaxformers.hub.safetensors import Deferred, release
 from jaxformers.models.config import ModelConfig
 from jaxformers.models.params import Params, model_spec
 
@@ -72,10 +73,13 @@ def _load(
 
     def read(where: tuple[slice, ...]) -> np.ndarray:
         ranges = [range(*s.indices(size)) for s, size in zip(where, shape, strict=True)]
-        out = np.empty([len(r) for r in ranges], dtype)
+        out = empty_aligned(tuple(map(len, ranges)), dtype)
         for position in np.ndindex(*out.shape[:leading]):
             part = by_index[tuple(r[i] for r, i in zip(ranges, position, strict=False))]
-            out[position] = part.from_disk(tensors[part.source.name])[tuple(where[leading:])]
+            tensor = tensors[part.source.name]
+            whole = tensor if isinstance(tensor, np.ndarray) else tensor.__array__(dtype)
+            run_all(copies(out[position], part.from_disk(whole)[tuple(where[leading:])]))
+            release(whole)
         return out
 
     return jax.make_array_from_callback(shape, place, read)
