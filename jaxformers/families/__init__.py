@@ -15,6 +15,7 @@ from jaxformers.families import deepseek, gemma, gpt, llama, qwen
 from jaxformers.families.catalog import published_config
 from jaxformers.families.common import Family, Names
 from jaxformers.families.keys import Keys
+from jaxformers.families.quantization import block_size
 from jaxformers.models.config import ModelConfig
 
 FAMILIES: dict[str, Family] = {
@@ -35,17 +36,18 @@ def read_config(source: str | Path | Mapping[str, Any]) -> ModelConfig:
     model_type = values.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(f"model_type {model_type!r} is not known; known are {', '.join(sorted(FAMILIES))}")
-    quantization = values.get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
-        raise ValueError(
-            f"{model_type} config: weights quantized by {method!r} (quantization_config) cannot be read; "
-            "use a float32, float16 or bfloat16 checkpoint"
-        )
+    block_size(values)
+    # Weights are plain numbers once they are read, and are written as such.
+    values = {key: value for key, value in values.items() if key != "quantization_config"}
     keys = Keys(values)
     cfg = FAMILIES[model_type].read(keys)
     keys.finish()
-    return dataclasses.replace(cfg, source=dict(values))
+    return dataclasses.replace(cfg, source=values)
+
+
+def scale_blocks(directory: str | Path) -> tuple[int, int] | None:
+    """`quantization.block_size` of the checkpoint in a directory."""
+    return block_size(_read_file(Path(directory)))
 
 
 def names_of(cfg: ModelConfig) -> Names:

@@ -21,6 +21,7 @@ from typing import IO, Any, Protocol
 
 import ml_dtypes
 import numpy as np
+from numpy.lib.array_utils import byte_bounds
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -110,9 +111,10 @@ def release(view: np.ndarray) -> None:
         base = base.base
     if not isinstance(base, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED") or not view.nbytes:
         return
-    start = view.ctypes.data - np.frombuffer(base, np.uint8, 1).ctypes.data
-    first_page = start - start % mmap.PAGESIZE
-    base.madvise(mmap.MADV_DONTNEED, first_page, start + view.nbytes - first_page)
+    lowest, highest = byte_bounds(view)
+    start = np.frombuffer(base, np.uint8, 1).ctypes.data
+    first_page = (lowest - start) // mmap.PAGESIZE * mmap.PAGESIZE
+    base.madvise(mmap.MADV_DONTNEED, first_page, highest - start - first_page)
 
 
 def _nothing_to_read(directory: Path) -> str:
