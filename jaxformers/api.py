@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ from jax.sharding import Mesh
 from jaxformers.data.tokenizer import Tokenizer, load_tokenizer
 from jaxformers.families import read_config
 from jaxformers.hub.convert import import_params
+from jaxformers.hub.fp8 import open_weights
 from jaxformers.hub.pretrained import read_generation_config, write_pretrained
 from jaxformers.hub.resolve import classify, resolve
-from jaxformers.hub.safetensors import open_tensors
 from jaxformers.models.config import ModelConfig
 from jaxformers.models.params import Params, model_spec
 from jaxformers.parallel.mesh import MeshConfig, make_mesh, param_shardings, single_device_mesh
@@ -65,7 +66,7 @@ class FoundModel:
     config: ModelConfig
     tokenizer: Tokenizer | None
     generation: dict[str, Any]
-    tensors: dict[str, np.ndarray] | None = None
+    tensors: Mapping[str, Any] | None = None
     step: int | None = None
 
     def read_params(self, mesh: Mesh, *, dtype: str | None = None) -> Params:
@@ -90,7 +91,7 @@ def find_model(ref: str | Path) -> FoundModel:
     match classify(path):
         case "huggingface":
             generation = read_generation_config(path)
-            return FoundModel(path, read_config(path), _tokenizer_at(path), generation, tensors=open_tensors(path))
+            return FoundModel(path, read_config(path), _tokenizer_at(path), generation, tensors=open_weights(path))
         case "run":
             return _find_run(path, None)
         case "checkpoint":

@@ -124,9 +124,50 @@ def test_the_version_is_the_packages(run):
     assert run("--version") == Outcome(0, f"jaxformers {jf.__version__}\n", "")
 
 
-def test_models_are_listed_one_a_line(run):
-    done = run("models")
-    assert done.out.splitlines() == sorted(FAMILIES)
+def test_every_model_type_is_listed_with_its_status_and_below_it_its_sizes(run):
+    lines = run("models").out.splitlines()
+    types = [line.split()[0] for line in lines if not line.startswith(" ")]
+    assert types == sorted(types)
+    assert set(FAMILIES) <= set(types)
+    qwen = lines.index(next(line for line in lines if line.startswith("qwen3 ")))
+    assert lines[qwen].split(None, 1)[1] == "train: proved  generate: proved  convert: proved"
+    assert lines[qwen + 1].split() == ["qwen3-0.6b", "596,049,920", "40,960", "Qwen/Qwen3-0.6B"]
+
+
+@pytest.mark.parametrize(
+    "only, types, sizes",
+    [
+        ("gemma-2-9B", ["gemma2"], ["gemma-2-9b"]),
+        ("mixtral", ["mixtral"], ["mixtral-8x7b", "mixtral-8x22b"]),
+        ("codellama", ["llama"], ["codellama-7b", "codellama-13b", "codellama-34b", "codellama-70b"]),
+    ],
+)
+def test_a_part_of_a_type_lineage_or_size_narrows_the_list_of_models(run, only, types, sizes):
+    rows = json.loads(run("models", only, "--json").out)
+    assert [row["model_type"] for row in rows] == types
+    assert [size["name"] for row in rows for size in row["sizes"]] == sizes
+    assert run("models", "mixtrel").mistake.endswith("did you mean 'mixtral'?")
+
+
+def test_the_name_of_a_published_size_in_a_config_is_its_architecture(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = write_config(tmp_path, model="smollm2-135m")
+    shown = run("train", path, "--dry-run")
+    assert "# parameters: 134,515,008" in shown.out
+    assert "model: smollm2-135m" in shown.out
+    mistake = run("train", write_config(tmp_path, model="smollm2-135"), "--dry-run").mistake
+    assert "did you mean the published size 'smollm2-135m'?" in mistake
+
+
+def test_a_directory_wins_over_the_published_size_of_its_name(run, exported, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("gpt2").symlink_to(exported())
+    shown = run("train", write_config(tmp_path, model="gpt2"), "--dry-run")
+    assert "# model: llama" in shown.out
+
+
+def test_a_published_size_has_no_weights_of_its_own(run):
+    assert run("generate", "gpt2", "x").mistake.endswith("the weights of gpt2 are openai-community/gpt2")
 
 
 def test_the_schema_is_json(run):
