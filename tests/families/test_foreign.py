@@ -30,12 +30,12 @@ from jaxformers.train.losses import head_loss
 every_twin = pytest.mark.parametrize("name", TWINS)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4)
 def training_pass(name: str) -> Any:
     return compile_training(checkpoint(name).ours)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4)
 def decoding_step(name: str) -> Any:
     return compile_decoding(checkpoint(name).ours)
 

@@ -7,6 +7,7 @@ and rematerialization are all compared with that.
 import copy
 import functools
 import json
+import re
 from typing import Any
 
 import jax
@@ -36,13 +37,13 @@ every_row = pytest.mark.parametrize("name", list(ROWS))
 cached_rows = pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.cached])
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4)
 def training_pass(name: str, runtime: Runtime = Runtime()) -> Any:
     """A compiled function (tokens, positions, segment_ids) -> Pass, the same one for every test of a row."""
     return compile_training(checkpoint(name).ours, runtime)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4)
 def decoding_step(name: str) -> Any:
     """A compiled function (tokens, positions, cache) -> (logits, cache)."""
     return compile_decoding(checkpoint(name).ours)
@@ -83,7 +84,16 @@ def test_loss_and_every_gradient_are_the_references(name, tmp_path):
     grads = export_tensors(checkpoint(name).ours.config, ours.grads)
     assert grads.keys() == truth.keys()
     for tensor, gradient in truth.items():
-        assert_close(grads[tensor], gradient, what=tensor)
+        assert_close(grads[tensor], gradient, what=tensor, scale=scale_of(tensor, truth))
+
+
+def scale_of(tensor: str, truth: dict[str, np.ndarray]) -> float | None:
+    """What the error of a scalar's gradient is measured by: that of the same weight in every layer. In one layer its
+    sum over all activations may cancel to less than float32 can tell."""
+    if truth[tensor].size > 1:
+        return None
+    layers = re.compile(re.sub(r"\\\.\d+\\\.", r"\\.\\d+\\.", re.escape(tensor)))
+    return max(float(np.abs(value).max()) for name, value in truth.items() if layers.fullmatch(name))
 
 
 @every_row
@@ -132,9 +142,9 @@ RUNTIMES = {
     "unroll, projections kept": Runtime(layers="unroll", remat="projections"),
     "unroll, dots kept": Runtime(layers="unroll", remat="dots"),
 }
-# Types take turns in the quick suite: compiling 33 backward passes takes minutes.
+# Types take turns in the quick suite: compiling a backward pass of each takes many minutes.
 RUNS = [
-    pytest.param(name, runtime, marks=() if (i + j) % len(RUNTIMES) == 0 else pytest.mark.slow)
+    pytest.param(name, runtime, marks=() if i % 4 == j else pytest.mark.slow)
     for i, name in enumerate(name for name in FAMILIES if name in ROWS)
     for j, runtime in enumerate(RUNTIMES)
 ]
