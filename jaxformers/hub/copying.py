@@ -115,4 +115,3 @@ def _transpose(target: np.ndarray, source: np.ndarray) -> None:
             for lane in range(lanes):
                 interleaved[:, :, lane] = block[lane::lanes]
             out[j : j + columns, i // lanes : (i + rows) // lanes] = packed.T
-
