@@ -22,7 +22,7 @@ def block_size(values: Mapping[str, Any]) -> tuple[int, int] | None:
     if method != "fp8" or not in_blocks or form not in (None, "e4m3"):
         detail = "" if method != "fp8" else f" with weight_block_size {blocks!r} and fmt {form!r}"
         raise ValueError(
-            f"{values.get('model_type')} config: weights quantized by {method!r}{detail} (quantization_config) cannot be "
-            "read; use a float32, float16 or bfloat16 checkpoint, or one in blocks of float8 e4m3"
+            f"{values.get('model_type')} config: weights quantized by {method!r}{detail} (quantization_config) cannot "
+            "be read; use a float32, float16 or bfloat16 checkpoint, or one in blocks of float8 e4m3"
         )
     return sizes[0], sizes[1]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -32,8 +32,8 @@ def import_params(
 ) -> Params:
     """The parameters that a checkpoint holds.
 
-    tensors: whole arrays by name, memory-mapped or made when their turn comes. shardings: a tree like the parameters, or one sharding, or
-    None for the default device. dtype: of every parameter; None keeps what each tensor has.
+    tensors: whole arrays by name, memory-mapped or made when their turn comes. shardings: a tree like the parameters,
+    or one sharding, or None for the default device. dtype: of every parameter; None keeps what each tensor has.
 
     ValueError lists every missing, unplaced and misshapen tensor, and refuses tensors that are not floating point.
     """
@@ -79,7 +79,7 @@ def _load(
                 part = by_index[tuple(r[i] for r, i in zip(ranges, position, strict=False))]
                 tensor = tensors[part.source.name]
                 whole = tensor if isinstance(tensor, np.ndarray) else tensor.__array__(dtype)
-                copying.add(out[position], part.from_disk(whole)[tuple(where[leading:])])
+                copying.add(out[(*position, ...)], part.from_disk(whole)[(*where[leading:], ...)])
         return out
 
     return jax.make_array_from_callback(shape, place, read)
@@ -147,7 +147,26 @@ def _deferred(group: list[Part], leaves: Mapping[LeafPath, jax.Array], dtype: An
     def assemble() -> np.ndarray:
         tensor = np.empty(shape, dtype)
         for part in group:
-            part.to_disk(tensor, np.asarray(leaves[part.path][part.index]).astype(dtype))
+            entry = part.from_disk(tensor)
+            with Copying() as copying:
+                for where, piece in _pieces(leaves[part.path], part.index):
+                    copying.add(entry[where], piece)
+            if not np.may_share_memory(entry, tensor):  # no strides express it
+                part.to_disk(tensor, entry)
         return tensor
 
     return Deferred(shape, dtype, assemble)
+
+
+def _pieces(leaf: jax.Array | np.ndarray, index: tuple[int, ...]) -> Iterator[tuple[tuple[Any, ...], np.ndarray]]:
+    """The pieces of `leaf[index]` that devices hold, and where in it they belong; it is nowhere put together."""
+    if isinstance(leaf, np.ndarray):
+        yield (...,), leaf[(*index, ...)]
+        return
+    assert leaf.is_fully_addressable
+    for shard in leaf.addressable_shards:
+        held = [range(*s.indices(size)) for s, size in zip(shard.index, leaf.shape, strict=True)]
+        if shard.replica_id == 0 and all(i in here for i, here in zip(index, held, strict=False)):
+            local = tuple(i - here.start for i, here in zip(index, held, strict=False))
+            piece = shard.data[local] if local else shard.data
+            yield (*shard.index[len(index) :], ...), np.asarray(piece)

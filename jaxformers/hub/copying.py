@@ -1,4 +1,4 @@
-"""Copying tensors out of files: into memory that JAX takes over as it is, transposed at the speed of memory, in threads.
+"""Copying tensors: into memory that JAX takes over as it is, transposed at near the speed of memory, in threads.
 
 NumPy copies a transposed matrix element by element, at a tenth of what memory can do. Here rows are first interleaved
 into words of 16 bytes, within the processor's cache, so that what is scattered is whole words. Nothing here knows about
@@ -8,6 +8,7 @@ models or files.
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,7 +24,7 @@ AT_ONCE_BYTES = 64 << 20  # of sources that are held while they are copied
 
 def empty_aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """Uninitialized memory that `jax.Array`s on CPU can share."""
-    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    size = math.prod(shape) * dtype.itemsize
     raw = np.empty(size + ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT
     return raw[start : start + size].view(dtype).reshape(shape)
@@ -85,19 +86,24 @@ def _tasks(target: np.ndarray, source: np.ndarray) -> Iterator[Callable[[], None
 
 
 def _as_transposed(target: np.ndarray, source: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """Both as matrices, `target` [I, O] with rows of whole words and `source` [O, I] with contiguous rows; None where
+    """Both as matrices of contiguous rows, `target` [I, O] with rows of whole words and `source` [O, I]; None where
     they are not each other's transpose in memory."""
-    if target.ndim < 2 or source.strides[-1] == source.itemsize or not target.flags.c_contiguous:
-        return None
     for split in range(1, target.ndim):
-        shape = (int(np.prod(target.shape[:split])), int(np.prod(target.shape[split:])))
+        shape = (math.prod(target.shape[:split]), math.prod(target.shape[split:]))
         try:
-            matrix = source.reshape(shape, copy=False).T
+            matrices = target.reshape(shape, copy=False), source.reshape(shape, copy=False)
         except ValueError:
             continue  # no strides express it
-        if matrix.strides[-1] == source.itemsize and shape[1] * target.itemsize % WORD.itemsize == 0:
-            return target.reshape(shape), matrix
+        if not _has_rows(matrices[0]):
+            matrices = matrices[0].T, matrices[1].T
+        rows, columns = matrices[0], matrices[1].T
+        if _has_rows(rows) and _has_rows(columns) and rows.shape[1] * rows.itemsize % WORD.itemsize == 0:
+            return rows, columns
     return None
+
+
+def _has_rows(matrix: np.ndarray) -> bool:
+    return matrix.strides[1] == matrix.itemsize and 1 not in matrix.shape
 
 
 def _transpose(target: np.ndarray, source: np.ndarray) -> None:
@@ -115,4 +121,3 @@ def _transpose(target: np.ndarray, source: np.ndarray) -> None:
             for lane in range(lanes):
                 interleaved[:, :, lane] = block[lane::lanes]
             out[j : j + columns, i // lanes : (i + rows) // lanes] = packed.T
-
