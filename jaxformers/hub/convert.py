@@ -31,7 +31,7 @@ def import_params(
 ) -> Params:
     """The parameters that a checkpoint holds.
 
-    tensors: whole arrays by name, memory-mapped or not. shardings: a tree like the parameters, or one sharding, or
+    tensors: whole arrays by name, memory-mapped or made when asked for (`Deferred`). shardings: a tree like the parameters, or one sharding, or
     None for the default device. dtype: of every parameter; None keeps what each tensor has.
 
     ValueError lists every missing, unplaced and misshapen tensor, and refuses tensors that are not floating point.
@@ -75,7 +75,7 @@ def _load(
         out = np.empty([len(r) for r in ranges], dtype)
         for position in np.ndindex(*out.shape[:leading]):
             part = by_index[tuple(r[i] for r, i in zip(ranges, position, strict=False))]
-            out[position] = part.from_disk(tensors[part.source.name])[tuple(where[leading:])]
+            out[position] = part.from_disk(np.asarray(tensors[part.source.name]))[tuple(where[leading:])]
         return out
 
     return jax.make_array_from_callback(shape, place, read)
