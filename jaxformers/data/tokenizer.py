@@ -28,6 +28,7 @@ _FILES = (
     "vocab.json",
     "merges.txt",
 )
+_MORE_TEMPLATES = "additional_chat_templates/"
 _NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 
 
@@ -37,7 +38,7 @@ class Tokenizer:
     Attributes:
         bos_id, eos_id, pad_id, unk_id: ids of the tokens that begin, end, pad a text or stand for the unknown, or None.
         stop_ids: every id that ends a generated text: `eos_id` and those the model's generation settings add.
-        chat_template: the Jinja template that renders a conversation, or None.
+        chat_templates: Jinja templates that render a conversation, by name; most models have a "default" or none.
         vocab_size: the largest id + 1, which is what a model's embedding must cover.
         fingerprint: a hash of everything that decides ids; equal for tokenizers that encode alike.
     """
@@ -65,7 +66,38 @@ class Tokenizer:
         self.unk_id = self._id_of(tokens.get("unk_token"))
         own_stop = () if self.eos_id is None else (self.eos_id,)
         self.stop_ids = tuple(dict.fromkeys((*own_stop, *stop_ids)))
-        self.chat_template = _chat_template(self._files, config)
+        self.chat_templates = _chat_templates(self._files, config)
+        self._named_tokens = tokens
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template for a conversation without tools, or None."""
+        return self.chat_templates.get("default")
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+        template: str | None = None,
+        **variables: Any,
+    ) -> str:
+        """The conversation as one text, by the model's own template or another one; see `data.chat.render_chat`.
+
+        Encode it with `add_special_tokens=False`, as templates write those themselves. ValueError where there is no
+        template.
+        """
+        from jaxformers.data.chat import render_chat  # brings jinja, which most runs do not need
+
+        if template is None:
+            name = "tool_use" if tools is not None and "tool_use" in self.chat_templates else "default"
+            template = self.chat_templates.get(name)
+        if template is None:
+            named = f" named default, only {', '.join(sorted(self.chat_templates))}" if self.chat_templates else ""
+            raise ValueError(f"this model has no chat template{named}, so it does not say how a conversation reads")
+        values = {**self._named_tokens, **variables}
+        return render_chat(template, messages, tools=tools, add_generation_prompt=add_generation_prompt, **values)
 
     def _id_of(self, token: str | None) -> int | None:
         return None if token is None else self._text.token_to_id(token)
@@ -126,6 +158,7 @@ class Tokenizer:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         for name, content in self._files.items():
+            (directory / name).parent.mkdir(exist_ok=True)
             (directory / name).write_bytes(content)
 
 
@@ -145,6 +178,8 @@ def load_tokenizer(
     if not main.is_file():
         raise ValueError(_why_no_tokenizer(path))
     files = {name: (directory / name).read_bytes() for name in _FILES if (directory / name).is_file()}
+    more = sorted(directory.glob(f"{_MORE_TEMPLATES}*.jinja"))
+    files |= {f"{_MORE_TEMPLATES}{file.name}": file.read_bytes() for file in more}
     files["tokenizer.json"] = main.read_bytes()
     model = _read_model_settings(directory)
     given = {"bos_token": bos_token, "eos_token": eos_token, "pad_token": pad_token}
@@ -303,13 +338,17 @@ def _add_missing_tokens(text: tokenizers.Tokenizer, named: Mapping[str, str], co
     text.add_tokens(missing)
 
 
-def _chat_template(files: Mapping[str, bytes], config: Mapping[str, Any]) -> str | None:
-    if "chat_template.jinja" in files:
-        return files["chat_template.jinja"].decode()
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several by name
-        return next((entry["template"] for entry in template if entry["name"] == "default"), None)
-    return template
+def _chat_templates(files: Mapping[str, bytes], config: Mapping[str, Any]) -> dict[str, str]:
+    """Templates by name; files of their own come before what tokenizer_config.json says."""
+    value = config.get("chat_template")
+    several = {entry["name"]: entry["template"] for entry in value} if isinstance(value, list) else {}
+    templates = {"default": value} if isinstance(value, str) else several
+    for name, content in files.items():
+        if name == "chat_template.jinja":
+            templates["default"] = content.decode()
+        elif name.startswith(_MORE_TEMPLATES):
+            templates[name.removeprefix(_MORE_TEMPLATES).removesuffix(".jinja")] = content.decode()
+    return templates
 
 
 def _why_no_tokenizer(path: Path) -> str:

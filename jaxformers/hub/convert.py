@@ -31,8 +31,9 @@ def import_params(
 ) -> Params:
     """The parameters that a checkpoint holds.
 
-    tensors: whole arrays by name, memory-mapped or made when asked for (`Deferred`). shardings: a tree like the parameters, or one sharding, or
-    None for the default device. dtype: of every parameter; None keeps what each tensor has.
+    tensors: whole arrays by name, memory-mapped or made when asked for (`Deferred`). shardings: a tree like the
+    parameters, or one sharding, or None for the default device. dtype: of every parameter; None keeps what each tensor
+    has.
 
     ValueError lists every missing, unplaced and misshapen tensor, and refuses tensors that are not floating point.
     """

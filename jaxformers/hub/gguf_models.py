@@ -105,9 +105,8 @@ def gguf_generation(file: GgufFile) -> dict[str, Any]:
 def _architecture(file: GgufFile) -> Architecture:
     name = file.metadata.get("general.architecture")
     if name not in ARCHITECTURES:
-        raise ValueError(
-            f"{file.path}: the architecture {name!r} is not read from GGUF; known are {', '.join(sorted(ARCHITECTURES))}"
-        )
+        known = ", ".join(sorted(ARCHITECTURES))
+        raise ValueError(f"{file.path}: the architecture {name!r} is not read from GGUF; known are {known}")
     return ARCHITECTURES[name]
 
 
