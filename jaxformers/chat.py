@@ -43,8 +43,8 @@ class Conversation:
     def answer(self, text: str) -> Iterator[str]:
         """The model's answer to the user's next turn, in pieces as it grows.
 
-        What is read of an answer is what the model remembers. ValueError, and the conversation as it was, where it no longer fits in the model's context or the template
-        refuses it.
+        What is read of an answer is what the model remembers. ValueError, and the conversation as it was, where it no
+        longer fits in the model's context or the template refuses it.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         prompt = self._encode(messages)

@@ -116,19 +116,18 @@ def _byte_level(settings: _Settings) -> Tokenizer:
     merges = [tuple(merge.split(" ")) for merge in settings.values.get("merges", ())]
     if any(len(merge) != 2 for merge in merges):
         raise ValueError("tokenizer.ggml.merges has an entry that is not two pieces")
-    return finish(
-        byte_level_bpe(settings.pieces, merges, split), settings.roles(begins=split.begins), origin=settings.origin
-    )
+    roles = settings.roles(begins=split.begins)
+    return finish(byte_level_bpe(settings.pieces, merges, split), roles, origin=settings.origin)
 
 
 def _sentencepiece(settings: _Settings) -> Tokenizer:
-    fallback = BYTE in settings.types
+    roles, fallback = settings.roles(begins=True), BYTE in settings.types
     text = sentencepiece_bpe(
         settings.pieces,
         settings.scores,
         normal=[kind == NORMAL for kind in settings.types],
-        unk=settings.named("unknown"),
+        unk=roles.unk,
         byte_fallback=fallback,
     )
     spell_spaces(text, prefix=settings.values.get("add_space_prefix", True), byte_fallback=fallback)
-    return finish(text, settings.roles(begins=True), origin=settings.origin)
+    return finish(text, roles, origin=settings.origin)

@@ -25,6 +25,7 @@ from jaxformers.hub.safetensors import Deferred
 VERSIONS = (2, 3)
 MAX_DIMS = 4  # the format's own limit
 MAX_STRING = 2**26  # bytes; chat templates and tokens are far below
+MIN_ENTRY, MIN_PAIR = 24, 13  # bytes that describing a tensor and a key with its value take at least
 STRING, ARRAY = 8, 9
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 PLAIN = {0: np.dtype("<f4"), 1: np.dtype("<f2"), 30: np.dtype(ml_dtypes.bfloat16)}
@@ -129,7 +130,7 @@ class _Cursor:
 
     def _array(self, type_id: int, count: int) -> list[Any]:
         if type_id == STRING:
-            self._require(8 * count)
+            self.require(8 * count)
             return [self.string() for _ in range(count)]
         if type_id not in SCALARS:
             raise self.error(f"has an array of the unknown type {type_id}")
@@ -142,11 +143,12 @@ class _Cursor:
         return -(-self._at // alignment) * alignment
 
     def _advance(self, size: int) -> int:
-        self._require(size)
+        self.require(size)
         start, self._at = self._at, self._at + size
         return start
 
-    def _require(self, size: int) -> None:
+    def require(self, size: int) -> None:
+        """Refuses a file that has fewer bytes left."""
         if size > len(self._data) - self._at:
             raise self.error(f"is truncated: its header goes on past the {len(self._data)} bytes there are")
 
@@ -163,7 +165,9 @@ def _read_counts(cursor: _Cursor) -> tuple[int, int]:
         swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
         kind = f"big-endian version {swapped}" if swapped in VERSIONS else f"version {version}"
         raise cursor.error(f"is GGUF of {kind}; little-endian versions {' and '.join(map(str, VERSIONS))} are read")
-    return cursor.scalar("Q"), cursor.scalar("Q")
+    tensors, pairs = cursor.scalar("Q"), cursor.scalar("Q")
+    cursor.require(tensors * MIN_ENTRY + pairs * MIN_PAIR)
+    return tensors, pairs
 
 
 def _read_metadata(cursor: _Cursor, count: int) -> dict[str, Any]:
