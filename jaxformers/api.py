@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxformers.data.gguf_tokenizer import gguf_tokenizer
-from jaxformers.data.tokenizer import Tokenizer, load_tokenizer
+from jaxformers.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from jaxformers.families import read_config
 from jaxformers.hub.convert import import_params
 from jaxformers.hub.gguf import open_gguf
@@ -137,7 +137,7 @@ def _default_compute_dtype(params: Params, mesh: Mesh) -> str:
 
 def _tokenizer_at(path: Path) -> Tokenizer | None:
     """The tokenizer of a directory; None where there is none, as for weights alone."""
-    return load_tokenizer(path) if (path / "tokenizer.json").is_file() else None
+    return load_tokenizer(path) if has_tokenizer(path) else None
 
 
 def save_pretrained(

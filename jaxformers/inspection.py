@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from jaxformers.api import TOKENIZER_FOLDER, find_model
-from jaxformers.data.tokenizer import Tokenizer, load_tokenizer
+from jaxformers.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from jaxformers.families import read_config
 from jaxformers.hub.gguf import open_gguf
 from jaxformers.hub.resolve import classify, resolve
@@ -60,7 +60,7 @@ def _kind(kind: LayerKind) -> str:
 
 
 def _tokenizer(path: Path) -> dict[str, str]:
-    return _described(load_tokenizer(path) if (path / "tokenizer.json").is_file() else None)
+    return _described(load_tokenizer(path) if has_tokenizer(path) else None)
 
 
 def _described(tokenizer: Tokenizer | None) -> dict[str, str]:

@@ -28,6 +28,7 @@ _FILES = (
     "vocab.json",
     "merges.txt",
 )
+_OLDER_SUFFIXES = (".model", ".tiktoken")
 _MORE_TEMPLATES = "additional_chat_templates/"
 _NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 
@@ -167,6 +168,8 @@ def load_tokenizer(
 ) -> Tokenizer:
     """The tokenizer of a tokenizer.json (with the settings beside it, if any) or of a Hugging Face directory.
 
+    A sentencepiece `.model` and tiktoken's ranks are converted; tokenizer.json comes before them.
+
     The tokens that begin, end and pad a text come from tokenizer_config.json or special_tokens_map.json, else from the
     ids in generation_config.json or config.json; the ones given here come before all of these.
 
@@ -175,12 +178,13 @@ def load_tokenizer(
     """
     path = Path(path)
     directory, main = (path, path / "tokenizer.json") if path.is_dir() else (path.parent, path)
-    if not main.is_file():
-        raise ValueError(_why_no_tokenizer(path))
     files = {name: (directory / name).read_bytes() for name in _FILES if (directory / name).is_file()}
     more = sorted(directory.glob(f"{_MORE_TEMPLATES}*.jinja"))
     files |= {f"{_MORE_TEMPLATES}{file.name}": file.read_bytes() for file in more}
-    files["tokenizer.json"] = main.read_bytes()
+    if main.is_file() and main.suffix not in _OLDER_SUFFIXES:
+        files["tokenizer.json"] = main.read_bytes()
+    else:
+        files = _converted(path, files)
     model = _read_model_settings(directory)
     given = {"bos_token": bos_token, "eos_token": eos_token, "pad_token": pad_token}
     _settle_named_tokens(files, given, model, origin=str(path))
@@ -189,7 +193,7 @@ def load_tokenizer(
 
 def byte_tokenizer(special_tokens: Sequence[str] = ()) -> Tokenizer:
     """One id per UTF-8 byte, equal to the byte; then the begin, end and padding tokens, then `special_tokens`."""
-    alphabet = {character: byte for byte, character in enumerate(_byte_characters())}
+    alphabet = {character: byte for byte, character in enumerate(byte_characters())}
     text = tokenizers.Tokenizer(models.BPE(vocab=alphabet, merges=[]))
     text.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     text.add_special_tokens([BOS, EOS, PAD, *special_tokens])
@@ -291,7 +295,7 @@ def _finish(text: tokenizers.Tokenizer, *, origin: str) -> Tokenizer:
     return Tokenizer(files, origin=origin)
 
 
-def _byte_characters() -> Iterator[str]:
+def byte_characters() -> Iterator[str]:
     """The printable stand-in that byte-level models use for each byte, in byte order (GPT-2's table)."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
@@ -351,10 +355,28 @@ def _chat_templates(files: Mapping[str, bytes], config: Mapping[str, Any]) -> di
     return templates
 
 
+def has_tokenizer(directory: Path) -> bool:
+    """Whether `load_tokenizer` finds one there, of whatever kind."""
+    from jaxformers.data.older import find_older
+
+    return (directory / "tokenizer.json").is_file() or find_older(directory) is not None
+
+
+def _converted(path: Path, files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The files of a tokenizer that has another form than tokenizer.json, in that form."""
+    from jaxformers.data.older import convert, find_older  # builds on this module
+
+    older = find_older(path)
+    if older is None:
+        raise ValueError(_why_no_tokenizer(path))
+    kept = {name: content for name, content in files.items() if name not in ("tokenizer.model", "added_tokens.json")}
+    return kept | convert(older, _read_json(kept, "tokenizer_config.json", str(path)))
+
+
 def _why_no_tokenizer(path: Path) -> str:
     if not path.exists():
         return f"{path}: no such file or directory"
-    if any((path / name).is_file() for name in ("tokenizer.model", "vocab.json", "vocab.txt")):
+    if any((path / name).is_file() for name in ("vocab.json", "vocab.txt")):
         return f"{path} has an older tokenizer but no tokenizer.json; `transformers` converts one by loading and saving"
     return f"{path} holds no tokenizer.json"
 

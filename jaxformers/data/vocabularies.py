@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
@@ -62,7 +63,7 @@ class Roles:
     add_eos: bool = False
     stop_ids: Sequence[int] = ()
     chat_template: str | None = None
-    extra: Mapping[str, str] = field(default_factory=dict)  # more of tokenizer_config.json
+    extra: Mapping[str, Any] = field(default_factory=dict)  # more of tokenizer_config.json
 
 
 def byte_level_bpe(pieces: Sequence[str], merges: Iterable[tuple[str, str]], split: Split) -> tokenizers.Tokenizer:
@@ -116,7 +117,7 @@ def spell_spaces(
     """
     steps = [normalizers.Precompiled(charsmap)] if charsmap else []
     if squeeze:
-        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+        steps += [normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     steps += [normalizers.Prepend(SPACE)] if prefix else []
     text.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
     back = [decoders.Replace(SPACE, " "), *([decoders.ByteFallback()] if byte_fallback else []), decoders.Fuse()]
@@ -124,7 +125,12 @@ def spell_spaces(
 
 
 def finish(text: tokenizers.Tokenizer, roles: Roles, *, origin: str) -> Tokenizer:
-    """The tokenizer, in the files that `transformers` reads."""
+    """The tokenizer with its special tokens; `origin` is what error lines call it."""
+    return Tokenizer(files_of(text, roles), origin=origin, stop_ids=roles.stop_ids)
+
+
+def files_of(text: tokenizers.Tokenizer, roles: Roles) -> dict[str, bytes]:
+    """The tokenizer with its special tokens, as the files that `transformers` reads, by name."""
     text.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in roles.control])
     text.add_tokens([AddedToken(piece, normalized=False, special=False) for piece in roles.user])
     begin = [roles.bos] if roles.add_bos and roles.bos else []
@@ -141,7 +147,7 @@ def finish(text: tokenizers.Tokenizer, roles: Roles, *, origin: str) -> Tokenize
     files = {"tokenizer.json": text.to_str().encode(), "tokenizer_config.json": json.dumps(config, indent=2).encode()}
     if roles.chat_template is not None:
         files["chat_template.jinja"] = roles.chat_template.encode()
-    return Tokenizer(files, origin=origin, stop_ids=roles.stop_ids)
+    return files
 
 
 def _byte_offsets(text: tokenizers.Tokenizer) -> list[processors.PostProcessor]:
