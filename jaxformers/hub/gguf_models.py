@@ -65,6 +65,9 @@ def gguf_config(file: GgufFile) -> ModelConfig:
     ValueError names an unknown architecture (with those known), a missing, mistyped or unknown key, and settings that
     contradict each other or the tensors.
     """
+    parts = file.metadata.get("split.count", 1)
+    if parts > 1:
+        raise ValueError(f"{file.path} is one of {parts} files of a model; join them with `llama-gguf-split --merge`")
     architecture = _architecture(file)
     keys = _keys(file)
     values = _common(keys, file) | architecture.read(keys, file)

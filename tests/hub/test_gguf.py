@@ -125,6 +125,35 @@ def test_the_scaling_of_llama_3_is_recovered_from_its_factors(tmp_path):
     assert_equal(ours(path), logits(model), 1e-5)
 
 
+def test_biases_of_a_llama_are_reordered_too(tmp_path):
+    model = random_model("llama", attention_bias=True, mlp_bias=True)
+    path = write_gguf(tmp_path / "model.gguf", "llama", model)
+    assert_equal(ours(path), logits(model), 1e-5)
+
+
+def test_a_scaled_gemma_scales_its_global_layers_only_and_so_does_its_export(tmp_path):
+    rope = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    model = random_model("gemma3", rope_parameters=rope)
+
+    def extra(writer):
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(8.0)
+
+    path = write_gguf(tmp_path / "model.gguf", "gemma3", model, extra=extra)
+    assert_equal(ours(path), logits(model), 1e-5)
+    save_pretrained(load(path), tmp_path / "converted")
+    exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "converted", dtype=torch.float32)
+    assert_equal(logits(exported.eval()), logits(model), 1e-6)
+
+
+def test_one_part_of_a_split_model_is_refused(llama, tmp_path):
+    path = write_gguf(tmp_path / "model.gguf", "llama", llama, extra=lambda w: w.add_uint16("split.count", 3))
+    assert "is one of 3 files" in refusal(path)
+
+
 def test_factors_of_another_scaling_are_refused(llama, tmp_path):
     factors = np.linspace(1, 8, 32, dtype=np.float32)
     path = write_gguf(tmp_path / "model.gguf", "llama", llama, more=[("rope_freqs.weight", factors)])
