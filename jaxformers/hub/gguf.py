@@ -123,7 +123,7 @@ class _Cursor:
         """The name of a key or a tensor, fit to be shown."""
         name = self.string()
         if not name.isprintable():
-            raise self.error(f"has the name {name!r}, which is not printable")
+            raise self.error(f"has the name {name[:80]!r}, which is not printable")
         return name
 
     def value(self, type_id: int) -> Any:
