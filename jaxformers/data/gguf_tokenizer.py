@@ -27,6 +27,11 @@ log = logging.getLogger(__name__)
 NORMAL, CONTROL, USER_DEFINED, BYTE = 1, 3, 4, 6  # sentencepiece's types of pieces
 END_OF_TURN = ("eos", "eot", "eom")
 
+TYPES: dict[str, type] = {
+    **dict.fromkeys(("model", "pre", "chat_template"), str),
+    **dict.fromkeys(("tokens", "scores", "token_type", "merges"), list),
+    **dict.fromkeys(("add_bos_token", "add_eos_token", "add_space_prefix"), bool),
+}
 # tokenizer.ggml.pre: how a byte-level vocabulary was trained to cut text into words.
 SPLITS: dict[str, Split] = {
     **dict.fromkeys(("gpt-2", "phi-2", "olmo", "mpt", "roberta-bpe"), GPT2),
@@ -46,6 +51,7 @@ def gguf_tokenizer(metadata: Mapping[str, Any], *, origin: str) -> Tokenizer | N
     kind = metadata.get("tokenizer.ggml.model", "none")
     if kind == "none":
         return None
+    _check_types(metadata, origin)
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}
     if kind not in builders:
         raise ValueError(f"{origin}: the tokenizer {kind!r} is not read from GGUF; known are {', '.join(builders)}")
@@ -58,6 +64,14 @@ def gguf_tokenizer(metadata: Mapping[str, Any], *, origin: str) -> Tokenizer | N
         raise ValueError(f"{origin}: its vocabulary is damaged ({' '.join(str(error).split())})") from error
 
 
+def _check_types(metadata: Mapping[str, Any], origin: str) -> None:
+    for key, value in metadata.items():
+        name = key.removeprefix("tokenizer.").removeprefix("ggml.")
+        kind = int if name.endswith("_token_id") else TYPES.get(name)
+        if key.startswith("tokenizer.") and kind is not None and type(value) is not kind:
+            raise ValueError(f"{origin}: {key} is of type {type(value).__name__}; it must be {kind.__name__}")
+
+
 class _Settings:
     """The keys under `tokenizer.`, by their last names."""
 
@@ -68,7 +82,7 @@ class _Settings:
         self.values = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
         self.pieces: list[str] = self.values.get("tokens") or []
         self.types: list[int] = self.values.get("token_type") or [NORMAL] * len(self.pieces)
-        if not self.pieces or not all(isinstance(piece, str) for piece in self.pieces):
+        if not self.pieces or not isinstance(self.pieces[0], str):  # an array's entries are all of one type
             raise ValueError(f"{origin} has a tokenizer without tokenizer.ggml.tokens")
         for name, length in (("token_type", len(self.types)), ("scores", len(self.scores))):
             if length != len(self.pieces):
@@ -113,7 +127,7 @@ def _byte_level(settings: _Settings) -> Tokenizer:
     elif name not in SPLITS:
         raise ValueError(f"the tokenizer's split {name!r} is not known; known are {', '.join(sorted(SPLITS))}")
     split = SPLITS[name] if name else GPT2
-    merges = [tuple(merge.split(" ")) for merge in settings.values.get("merges", ())]
+    merges = [tuple(str(merge).split(" ")) for merge in settings.values.get("merges", ())]
     if any(len(merge) != 2 for merge in merges):
         raise ValueError("tokenizer.ggml.merges has an entry that is not two pieces")
     roles = settings.roles(begins=split.begins)

@@ -119,6 +119,13 @@ class _Cursor:
         except UnicodeDecodeError:
             raise self.error(f"holds a text at byte {start} that is not UTF-8") from None
 
+    def name(self) -> str:
+        """The name of a key or a tensor, fit to be shown."""
+        name = self.string()
+        if not name.isprintable():
+            raise self.error(f"has the name {name[:80]!r}, which is not printable")
+        return name
+
     def value(self, type_id: int) -> Any:
         if type_id == STRING:
             return self.string()
@@ -173,7 +180,7 @@ def _read_counts(cursor: _Cursor) -> tuple[int, int]:
 def _read_metadata(cursor: _Cursor, count: int) -> dict[str, Any]:
     metadata: dict[str, Any] = {}
     for _ in range(count):
-        key = cursor.string()
+        key = cursor.name()
         if key in metadata:
             raise cursor.error(f"has the key {key!r} twice")
         metadata[key] = cursor.value(cursor.scalar("I"))
@@ -191,7 +198,7 @@ class _Entry:
 
 def _read_entry(cursor: _Cursor) -> _Entry:
     """One tensor's description; the format lists its dims fastest first."""
-    name, dims = cursor.string(), cursor.scalar("I")
+    name, dims = cursor.name(), cursor.scalar("I")
     if dims > MAX_DIMS:
         raise cursor.error(f"has the tensor {name!r} of {dims} dims (at most {MAX_DIMS})")
     shape = tuple(cursor.scalar("Q") for _ in range(dims))[::-1]

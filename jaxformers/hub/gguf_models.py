@@ -66,7 +66,7 @@ def gguf_config(file: GgufFile) -> ModelConfig:
     contradict each other or the tensors.
     """
     parts = file.metadata.get("split.count", 1)
-    if parts > 1:
+    if parts not in (0, 1):
         raise ValueError(f"{file.path} is one of {parts} files of a model; join them with `llama-gguf-split --merge`")
     architecture = _architecture(file)
     keys = _keys(file)
@@ -107,7 +107,7 @@ def gguf_generation(file: GgufFile) -> dict[str, Any]:
 
 def _architecture(file: GgufFile) -> Architecture:
     name = file.metadata.get("general.architecture")
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
         raise ValueError(f"{file.path}: the architecture {name!r} is not read from GGUF; known are {known}")
     return ARCHITECTURES[name]
@@ -133,11 +133,14 @@ def _common(c: Keys, file: GgufFile) -> dict[str, Any]:
     c.expect("rope.dimension_count", head_dim)
     vocabulary = _vocabulary(file, width)
     c.expect("vocab_size", vocabulary)
+    layers = c.integer("block_count")
+    if layers > len(file.tensors):
+        raise c.error("block_count", layers, f"at most the number of tensors, {len(file.tensors)}")
     return {
         "vocab_size": vocabulary,
         "hidden_size": width,
         "intermediate_size": c.integer("feed_forward_length"),
-        "num_hidden_layers": c.integer("block_count"),
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": c.integer("attention.head_count_kv", heads),
         "head_dim": head_dim,
@@ -156,9 +159,9 @@ def _vocabulary(file: GgufFile, width: int) -> int:
     if embedding is None or len(embedding.shape) != 2 or embedding.shape[1] != width:
         found = "missing" if embedding is None else f"of shape {list(embedding.shape)}"
         raise ValueError(f"{file.path}: token_embd.weight is {found}; it must be [vocabulary, {width}]")
-    tokens = len(file.metadata.get("tokenizer.ggml.tokens", ()))
-    if tokens > embedding.shape[0]:
-        raise ValueError(f"{file.path} has {tokens} tokens, but token_embd.weight only {embedding.shape[0]} rows")
+    tokens = file.metadata.get("tokenizer.ggml.tokens", ())
+    if isinstance(tokens, list) and len(tokens) > embedding.shape[0]:
+        raise ValueError(f"{file.path} has {len(tokens)} tokens, but token_embd.weight only {embedding.shape[0]} rows")
     return embedding.shape[0]
 
 

@@ -175,6 +175,9 @@ def test_a_sentencepiece_tokenizer_gives_the_ids_of_transformers_and_of_sentence
     [
         ({"model": "rwkv"}, "the tokenizer 'rwkv' is not read from GGUF; known are gpt2, llama"),
         ({"pre": "mystery"}, "the tokenizer's split 'mystery' is not known; known are codeshell, "),
+        ({"tokens": "abc"}, "tokenizer.ggml.tokens is of type str; it must be list"),
+        ({"bos_token_id": "1"}, "tokenizer.ggml.bos_token_id is of type str; it must be int"),
+        ({"add_bos_token": 1}, "tokenizer.ggml.add_bos_token is of type int; it must be bool"),
         ({"tokens": []}, "without tokenizer.ggml.tokens"),
         ({"token_type": [1]}, "token_type has 1 entries for 900 tokens"),
         ({"eos_token_id": 10_000}, "eos_token_id is 10000, but there are 900 tokens"),

@@ -1,5 +1,6 @@
 """GGUF files mean what `transformers` makes of them: every type of tensor, every architecture, and a real model."""
 
+import contextlib
 import functools
 import struct
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 import transformers
 from hub.gguf_files import MODELS, random_model, write_gguf
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from jaxformers.api import load, save_pretrained
 from jaxformers.families import FAMILIES
@@ -221,6 +224,9 @@ def test_settings_that_contradict_the_tensors_are_named(llama, tmp_path):
     assert "vocab_size is 999; it must be 320" in with_value("llama.vocab_size", 999)
     assert "rope.dimension_count is 32; it must be 64" in with_value("llama.rope.dimension_count", 32)
     assert "9 tensors missing: model.layers.2." in with_value("llama.block_count", 3)
+    assert "block_count is 4000000000; it must be at most the number of tensors" in with_value(
+        "llama.block_count", 4_000_000_000
+    )
     assert "of another shape" in with_value("llama.feed_forward_length", 256)
 
 
@@ -244,6 +250,25 @@ def test_a_file_cut_anywhere_is_refused(llama, tmp_path):
     for length in (0, 3, 7, 20, 100, 500, start, start + 30, len(data) // 2, len(data) - 1):
         path.write_bytes(data[:length])
         assert any(word in refusal(path) for word in ("truncated", "empty")), length
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_bytes_in_a_header_are_read_or_refused_with_a_value_error(llama, tmp_path, data):
+    path = tmp_path / "model.gguf"
+    if not path.exists():
+        write_gguf(path, "llama", llama, kind="Q4_0")
+    content = bytearray(path.read_bytes())
+    header = content.rindex(b"output.weight") + 40
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, header))
+        content[at] = data.draw(st.integers(0, 12) | st.integers(0, 255))
+    changed = tmp_path / "changed.gguf"
+    changed.write_bytes(content)
+    with contextlib.suppress(ValueError):
+        file = open_gguf(changed)
+        gguf_config(file)
+        gguf_tensors(file)
 
 
 def damaged(path, data, at, packed):
