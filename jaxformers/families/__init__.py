@@ -8,62 +8,25 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from jaxformers.families import (
-    apertus,
-    baichuan,
-    bloom,
-    chatglm,
-    cohere,
-    deepseek,
-    dots,
-    ernie,
-    exaone,
-    falcon,
-    gemma,
-    glm,
-    gpt2,
-    gpt_oss,
-    granite,
-    helium,
-    hunyuan,
-    internlm,
-    internlm3,
-    llama,
-    minimax,
-    mistral,
-    mpt,
-    nanochat,
-    nemotron,
-    neox,
-    olmo,
-    opt,
-    pangu,
-    phi,
-    qwen,
-    qwen1,
-    renamed,
-    smollm,
-    stablelm,
-    starcoder,
-    telechat,
-)
 from jaxformers.families.catalog import published_config
 from jaxformers.families.common import Family, Names
 from jaxformers.families.keys import Keys
 from jaxformers.families.quantization import block_size
 from jaxformers.models.config import ModelConfig
 
-MODULES = (
-    llama, mistral, qwen, gemma, phi, deepseek, gpt_oss, glm, olmo, granite, cohere, ernie, hunyuan, exaone, dots,
-    minimax, apertus, smollm, helium, internlm3, nemotron, stablelm, starcoder, falcon, bloom, mpt, opt, neox, gpt2,
-    nanochat, baichuan, internlm, qwen1, chatglm, telechat, renamed, pangu,
-)  # fmt: skip
-FAMILIES: dict[str, Family] = {
-    model_type: family for module in MODULES for model_type, family in module.FAMILIES.items()
-}
+# The modules of this package that hold families, one for each lineage.
+LINEAGES = """
+    llama mistral qwen gemma phi deepseek gpt_oss glm olmo granite cohere ernie hunyuan exaone dots minimax apertus
+    smollm helium internlm3 nemotron stablelm starcoder falcon bloom mpt opt neox gpt2 nanochat baichuan internlm
+    qwen1 chatglm telechat renamed pangu
+"""
+FAMILIES: dict[str, Family] = {}
+for lineage in LINEAGES.split():
+    FAMILIES |= import_module(f"{__name__}.{lineage}").FAMILIES
 
 
 def read_config(source: str | Path | Mapping[str, Any]) -> ModelConfig:

@@ -19,28 +19,13 @@ def read_bloom(c: Keys) -> ModelConfig:
         alibi=True,
         embed_norm=True,
         activation="gelu_tanh",
-        qkv_bias=True,
-        o_bias=True,
-        mlp_bias=True,
+        **fam.biases(True),
     )
 
 
 def bloom_names(cfg: ModelConfig) -> fam.Names:
-    layer = "transformer.h.{l}."
-    table = {
-        "embed": "transformer.word_embeddings.weight",
-        "lm_head": "lm_head.weight",
-        **fam.norms(
-            embed_norm="transformer.word_embeddings_layernorm",
-            attn_norm=f"{layer}input_layernorm",
-            ffn_norm=f"{layer}post_attention_layernorm",
-            final_norm="transformer.ln_f",
-        ),
-        **fam.linears("attn.", o=f"{layer}self_attention.dense"),
-        **fam.linears("ffn.", up=f"{layer}mlp.dense_h_to_4h", down=f"{layer}mlp.dense_4h_to_h"),
-        **fam.per_head_qkv(f"{layer}self_attention.query_key_value", cfg),
-    }
-    return fam.Names(table)
+    name, view = f"{fam.GPT_LAYER}self_attention.query_key_value", (cfg.num_heads, 3, cfg.head_dim)
+    return fam.Names(fam.BLOOM | fam.fused_qkv(name, cfg, view, 1))
 
 
 FAMILIES = {"bloom": fam.Family(read_bloom, bloom_names)}

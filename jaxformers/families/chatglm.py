@@ -1,7 +1,7 @@
 """ChatGLM2, ChatGLM3, GLM-4, CodeGeeX2 and YiZhao in the `chatglm` layout: one tensor for q, k and v and one for gate
 and up, few kv heads, and half of each head's dims rotated in neighbouring pairs."""
 
-from jaxformers.families.common import Family, Names, Source, linears, norms, slices
+from jaxformers.families import common as fam
 from jaxformers.families.keys import Keys
 from jaxformers.models.config import LayerKind, ModelConfig, Rope
 
@@ -43,33 +43,26 @@ def read_chatglm(c: Keys) -> ModelConfig:
         layers=(LayerKind(rope=turn),) * c.integer("num_layers"),
         context_length=c.integer("seq_length"),
         norm_eps=c.number("layernorm_epsilon", 1e-5),
-        qkv_bias=bias or c.flag("add_qkv_bias", False),
-        o_bias=bias,
-        mlp_bias=bias,
+        **fam.biases(bias) | {"qkv_bias": bias or c.flag("add_qkv_bias", False)},
     )
 
 
-def chatglm_names(cfg: ModelConfig) -> Names:
-    layer = "transformer.encoder.layers.{l}."
-    qkv, up = f"{layer}self_attention.query_key_value", f"{layer}mlp.dense_h_to_4h"
-    heads, kv_heads = cfg.num_heads, cfg.num_kv_heads
-    rows = (heads + 2 * kv_heads, cfg.head_dim)
-    table: dict[str, str | Source] = {
+def chatglm_names(cfg: ModelConfig) -> fam.Names:
+    layer, h, k = "transformer.encoder.layers.{l}.", cfg.num_heads, cfg.num_kv_heads
+    table = {
         "embed": "transformer.embedding.word_embeddings.weight",
         "lm_head": "transformer.output_layer.weight",
-        **norms(
+        **fam.norms(
             attn_norm=f"{layer}input_layernorm",
             ffn_norm=f"{layer}post_attention_layernorm",
             final_norm="transformer.encoder.final_layernorm",
         ),
-        **linears("attn.", o=f"{layer}self_attention.dense"),
-        **linears("ffn.", down=f"{layer}mlp.dense_4h_to_h"),
-        **slices(f"{qkv}.weight", (cfg.d_model, *rows), 1, {"attn.q": heads, "attn.k": kv_heads, "attn.v": kv_heads}),
-        **slices(f"{qkv}.bias", rows, 0, {"attn.q_b": heads, "attn.k_b": kv_heads, "attn.v_b": kv_heads}),
-        **slices(f"{up}.weight", (cfg.d_model, 2, cfg.d_ff), 1, {"ffn.gate": 1, "ffn.up": 1}),
-        **slices(f"{up}.bias", (2, cfg.d_ff), 0, {"ffn.gate_b": 1, "ffn.up_b": 1}),
+        **fam.linears("attn.", o=f"{layer}self_attention.dense"),
+        **fam.linears("ffn.", down=f"{layer}mlp.dense_4h_to_h"),
+        **fam.fused_qkv(f"{layer}self_attention.query_key_value", cfg, (h + 2 * k, cfg.head_dim), 0, (h, k, k)),
+        **fam.fused_gate_up(cfg, f"{layer}mlp.dense_h_to_4h"),
     }
-    return Names(table, ignored=(r"rotary_pos_emb\.inv_freq$",))
+    return fam.Names(table, ignored=(r"rotary_pos_emb\.inv_freq$",))
 
 
-FAMILIES = {"chatglm": Family(read_chatglm, chatglm_names)}
+FAMILIES = {"chatglm": fam.Family(read_chatglm, chatglm_names)}

@@ -82,6 +82,7 @@ class Family:
 
 
 ATTN, MLP, LAYER = "model.layers.{l}.self_attn.", "model.layers.{l}.mlp.", "model.layers.{l}."
+GPT_LAYER = "transformer.h.{l}."
 WEIGHT_BIAS = (("w", "weight"), ("b", "bias"))
 
 
@@ -105,16 +106,32 @@ def slices(name: str, view: tuple[int, ...], axis: int, parts: Mapping[str, int]
     return table
 
 
-def fused_gate_up(cfg: ModelConfig) -> dict[str, Source]:
-    """Gate and up of a dense layer in one tensor, gate first."""
-    return slices(f"{MLP}gate_up_proj.weight", (cfg.d_model, 2, cfg.d_ff), 1, {"ffn.gate": 1, "ffn.up": 1})
+def fused_gate_up(cfg: ModelConfig, name: str = f"{MLP}gate_up_proj") -> dict[str, Source]:
+    """Gate and up of a dense layer in one tensor, gate first, and their bias."""
+    weight = slices(f"{name}.weight", (cfg.d_model, 2, cfg.d_ff), 1, {"ffn.gate": 1, "ffn.up": 1})
+    return weight | slices(f"{name}.bias", (2, cfg.d_ff), 0, {"ffn.gate_b": 1, "ffn.up_b": 1})
 
 
-def per_head_qkv(name: str, cfg: ModelConfig) -> dict[str, Source]:
-    """q, k and v of one head after another in one tensor (GPT-NeoX, BLOOM), with their bias."""
-    view = (cfg.num_heads, 3, cfg.head_dim)
-    weight = slices(f"{name}.weight", (cfg.d_model, *view), 2, {f"attn.{x}": 1 for x in "qkv"})
-    return weight | slices(f"{name}.bias", view, 1, {f"attn.{x}_b": 1 for x in "qkv"})
+def fused_qkv(
+    name: str, cfg: ModelConfig, view: tuple[int, ...], axis: int, sizes: tuple[int, int, int] = (1, 1, 1), **how: Any
+) -> dict[str, Source]:
+    """q, k and v in one tensor, and their bias: the outputs seen as `view`, and what each takes along `axis` of it."""
+    parts = dict(zip("qkv", sizes, strict=True))
+    weights = {f"attn.{x}": size for x, size in parts.items()}
+    biases = {f"attn.{x}_b": size for x, size in parts.items()}
+    return slices(f"{name}.weight", (cfg.d_model, *view), axis + 1, weights, **how) | slices(
+        f"{name}.bias", view, axis, biases
+    )
+
+
+def biases(on: bool) -> dict[str, bool]:
+    """A bias on every projection, or on none."""
+    return {"qkv_bias": on, "o_bias": on, "mlp_bias": on}
+
+
+def layer_norm(eps: float) -> dict[str, Any]:
+    """Layer norms with weight and bias in place of RMS norms."""
+    return {"norm": "layer", "norm_bias": True, "norm_eps": eps}
 
 
 LLAMA: dict[str, str | Source] = {
@@ -129,6 +146,24 @@ LLAMA: dict[str, str | Source] = {
         ffn_norm=f"{LAYER}post_attention_layernorm",
     ),
     **norms(**{f"attn.{x}_norm": f"{ATTN}{x}_norm" for x in "qk"}),
+}
+GPT: dict[str, str | Source] = {
+    "embed": "transformer.wte.weight",
+    "lm_head": "lm_head.weight",
+    "lm_head_b": "lm_head.bias",
+    **norms(attn_norm=f"{GPT_LAYER}ln_1", ffn_norm=f"{GPT_LAYER}ln_2", final_norm="transformer.ln_f"),
+}
+BLOOM: dict[str, str | Source] = {
+    "embed": "transformer.word_embeddings.weight",
+    "lm_head": "lm_head.weight",
+    **norms(
+        embed_norm="transformer.word_embeddings_layernorm",
+        attn_norm=f"{GPT_LAYER}input_layernorm",
+        ffn_norm=f"{GPT_LAYER}post_attention_layernorm",
+        final_norm="transformer.ln_f",
+    ),
+    **linears("attn.", o=f"{GPT_LAYER}self_attention.dense"),
+    **linears("ffn.", up=f"{GPT_LAYER}mlp.dense_h_to_4h", down=f"{GPT_LAYER}mlp.dense_4h_to_h"),
 }
 SANDWICH_NORMS = norms(
     attn_post_norm=f"{LAYER}post_attention_layernorm",
@@ -175,9 +210,12 @@ def even_heads(c: Keys, width: str, heads: str) -> int:
 def gpt_config(
     c: Keys, *, width: str = "n_embd", heads: str = "n_head", layers: str = "n_layer", **values: Any
 ) -> ModelConfig:
-    """The GPT line: layer norms with bias, a plain feed-forward network four times as wide, tied embeddings."""
+    """The GPT line: layer norms with bias, a plain feed-forward network four times as wide, tied embeddings; width,
+    heads and layers are the keys of those."""
     d, h, n = c.integer(width), c.integer(heads), even_heads(c, width, heads)
-    kind = LayerKind(rope=values.pop("rope", None))
+    kind, kv_heads = LayerKind(rope=values.pop("rope", None)), values.get("num_kv_heads", h)
+    if h % kv_heads:
+        raise c.error("num_key_value_heads", kv_heads, f"a divisor of {heads} ({h})")
     defaults = {
         "family": c.model_type,
         "vocab_size": c.integer("vocab_size"),

@@ -16,9 +16,7 @@ def _ernie(c: Keys, size: int, kinds: list[str], kv_heads: int, **values: Any) -
         num_kv_heads=c.integer("num_key_value_heads", kv_heads, null=c.integer("num_attention_heads")),
         norm_eps=c.number("rms_norm_eps", 1e-5),
         tie_embeddings=c.flag("tie_word_embeddings", True),
-        qkv_bias=bias,
-        o_bias=bias,
-        mlp_bias=bias,
+        **fam.biases(bias),
         **values,
     )
 

@@ -33,9 +33,7 @@ def read_falcon(c: Keys) -> ModelConfig:
         parallel=parallel,
         shared_norm=parallel and norms_before == 1,
         activation=c.choice("activation", fam.ACTIVATIONS, "gelu"),
-        qkv_bias=bias,
-        o_bias=bias,
-        mlp_bias=bias,
+        **fam.biases(bias),
     )
 
 
@@ -48,23 +46,11 @@ def _alibi(c: Keys) -> bool:
 
 
 def falcon_names(cfg: ModelConfig) -> fam.Names:
-    layer, group = "transformer.h.{l}.", cfg.num_heads // cfg.num_kv_heads
-    two_norms = cfg.parallel and not cfg.shared_norm
-    fused, view = f"{layer}self_attention.query_key_value", (cfg.num_kv_heads, group + 2, cfg.head_dim)
-    parts = {"attn.q": group, "attn.k": 1, "attn.v": 1}
-    table = {
-        "embed": "transformer.word_embeddings.weight",
-        "lm_head": "lm_head.weight",
-        **fam.norms(
-            attn_norm=f"{layer}{'ln_attn' if two_norms else 'input_layernorm'}",
-            ffn_norm=f"{layer}{'ln_mlp' if two_norms else 'post_attention_layernorm'}",
-            final_norm="transformer.ln_f",
-        ),
-        **fam.linears("attn.", o=f"{layer}self_attention.dense"),
-        **fam.linears("ffn.", up=f"{layer}mlp.dense_h_to_4h", down=f"{layer}mlp.dense_4h_to_h"),
-        **fam.slices(f"{fused}.weight", (cfg.d_model, *view), 2, parts),
-        **fam.slices(f"{fused}.bias", view, 1, {f"{path}_b": size for path, size in parts.items()}),
-    }
+    layer, group = fam.GPT_LAYER, cfg.num_heads // cfg.num_kv_heads
+    view = (cfg.num_kv_heads, group + 2, cfg.head_dim)
+    table = fam.BLOOM | fam.fused_qkv(f"{layer}self_attention.query_key_value", cfg, view, 1, (group, 1, 1))
+    if cfg.parallel and not cfg.shared_norm:
+        table |= fam.norms(attn_norm=f"{layer}ln_attn", ffn_norm=f"{layer}ln_mlp")
     return fam.Names(table)
 
 

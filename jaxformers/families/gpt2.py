@@ -16,32 +16,23 @@ def read_gpt2(c: Keys) -> ModelConfig:
         context_length=positions,
         learned_positions=positions,
         activation=c.choice("activation_function", fam.ACTIVATIONS, "gelu_new"),
-        qkv_bias=True,
-        o_bias=True,
-        mlp_bias=True,
+        **fam.biases(True),
     )
 
 
 def gpt2_table(*, transposed: bool) -> dict[str, str | fam.Source]:
     """GPT-2's names but those of the fused q, k and v; `transposed` says how its linear layers lie."""
-    layer = "transformer.h.{l}."
-    table: dict[str, str | fam.Source] = {
-        "embed": "transformer.wte.weight",
-        "positions": "transformer.wpe.weight",
-        "lm_head": "lm_head.weight",
-        **fam.norms(attn_norm=f"{layer}ln_1", ffn_norm=f"{layer}ln_2", final_norm="transformer.ln_f"),
-    }
+    table = fam.GPT | {"positions": "transformer.wpe.weight"}
     for ours, theirs in (("attn.o", "attn.c_proj"), ("ffn.up", "mlp.c_fc"), ("ffn.down", "mlp.c_proj")):
-        table[ours] = fam.Source(f"{layer}{theirs}.weight", transposed=transposed)
-        table[f"{ours}_b"] = f"{layer}{theirs}.bias"
+        table[ours] = fam.Source(f"{fam.GPT_LAYER}{theirs}.weight", transposed=transposed)
+        table[f"{ours}_b"] = f"{fam.GPT_LAYER}{theirs}.bias"
     return table
 
 
 def gpt2_names(cfg: ModelConfig) -> fam.Names:
-    fused, view = "transformer.h.{l}.attn.c_attn", (3, cfg.num_heads, cfg.head_dim)
-    weight = fam.slices(f"{fused}.weight", (cfg.d_model, *view), 1, {f"attn.{x}": 1 for x in "qkv"}, transposed=False)
-    bias = fam.slices(f"{fused}.bias", view, 0, {f"attn.{x}_b": 1 for x in "qkv"})
-    return fam.Names(gpt2_table(transposed=False) | weight | bias, ignored=(r"\.attn\.(masked_)?bias$",))
+    view = (3, cfg.num_heads, cfg.head_dim)
+    fused = fam.fused_qkv(f"{fam.GPT_LAYER}attn.c_attn", cfg, view, 0, transposed=False)
+    return fam.Names(gpt2_table(transposed=False) | fused, ignored=(r"\.attn\.(masked_)?bias$",))
 
 
 FAMILIES = {"gpt2": fam.Family(read_gpt2, gpt2_names)}

@@ -38,7 +38,7 @@ def gpt_neox_names(cfg: ModelConfig) -> fam.Names:
         ),
         **fam.linears("attn.", o=f"{layer}attention.dense"),
         **fam.linears("ffn.", up=f"{layer}mlp.dense_h_to_4h", down=f"{layer}mlp.dense_4h_to_h"),
-        **fam.per_head_qkv(f"{layer}attention.query_key_value", cfg),
+        **fam.fused_qkv(f"{layer}attention.query_key_value", cfg, (cfg.num_heads, 3, cfg.head_dim), 1),
     }
     return fam.Names(table, ignored=(r"\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)$",))
 
@@ -60,16 +60,10 @@ def read_gptj(c: Keys) -> ModelConfig:
 
 
 def gptj_names(_cfg: ModelConfig) -> fam.Names:
-    layer = "transformer.h.{l}."
-    table = {
-        "embed": "transformer.wte.weight",
-        "lm_head": "lm_head.weight",
-        "lm_head_b": "lm_head.bias",
-        **fam.norms(attn_norm=f"{layer}ln_1", final_norm="transformer.ln_f"),
-        **fam.linears("attn.", o=f"{layer}attn.out_proj", **{x: f"{layer}attn.{x}_proj" for x in "qkv"}),
-        **fam.linears("ffn.", up=f"{layer}mlp.fc_in", down=f"{layer}mlp.fc_out"),
-    }
-    return fam.Names(table, ignored=(r"\.attn\.(masked_)?bias$",))
+    layer = fam.GPT_LAYER
+    attention = fam.linears("attn.", o=f"{layer}attn.out_proj", **{x: f"{layer}attn.{x}_proj" for x in "qkv"})
+    ffn = fam.linears("ffn.", up=f"{layer}mlp.fc_in", down=f"{layer}mlp.fc_out")
+    return fam.Names(fam.GPT | attention | ffn, ignored=(r"\.attn\.(masked_)?bias$",))
 
 
 FAMILIES = {"gpt_neox": fam.Family(read_gpt_neox, gpt_neox_names), "gptj": fam.Family(read_gptj, gptj_names)}

@@ -26,9 +26,7 @@ def read_opt(c: Keys) -> ModelConfig:
         position_offset=2,
         norm_eps=1e-5,
         activation=c.choice("activation_function", fam.ACTIVATIONS, "relu"),
-        qkv_bias=True,
-        o_bias=True,
-        mlp_bias=True,
+        **fam.biases(True),
     )
 
 

@@ -1,53 +1,41 @@
 """PanGu-alpha as ported to PyTorch (`gpt_pangu`): GPT-2 whose last layer asks with queries learned for each position,
 behind the norm that other models end with."""
 
-from jaxformers.families.common import ACTIVATIONS, Family, Names, Source, linears, norms
+from dataclasses import replace
+
+from jaxformers.families import common as fam
 from jaxformers.families.keys import Keys
 from jaxformers.models.config import LayerKind, ModelConfig
 
 
 def read_pangu(c: Keys) -> ModelConfig:
     c.expect("scale_attn_weights", True)
-    width, heads = c.integer("hidden_size"), c.integer("num_heads")
-    if width % heads:
-        raise c.error("hidden_size", width, f"a multiple of num_heads ({heads})")
-    positions = c.integer("max_position_embeddings")
-    return ModelConfig(
-        family="gpt_pangu",
-        vocab_size=c.integer("vocab_size"),
-        d_model=width,
-        d_ff=c.integer("intermediate_size", 4 * width),
-        num_heads=heads,
-        num_kv_heads=heads,
-        head_dim=width // heads,
-        layers=(LayerKind(),) * (c.integer("num_layers", minimum=2) - 1) + (LayerKind(mixer="query"),),
+    positions, layers = c.integer("max_position_embeddings"), c.integer("num_layers", minimum=2)
+    cfg = fam.gpt_config(
+        c,
+        width="hidden_size",
+        heads="num_heads",
+        layers="num_layers",
+        d_ff=c.integer("intermediate_size", 4 * c.integer("hidden_size")),
         context_length=positions,
-        norm="layer",
-        norm_bias=True,
-        norm_eps=c.number("layer_norm_epsilon", 1e-5),
-        final_norm=False,
-        qkv_bias=True,
-        o_bias=True,
-        mlp_bias=True,
-        gated=False,
-        activation=c.choice("activation_function", ACTIVATIONS, "gelu"),
         learned_positions=positions,
-        tie_embeddings=c.flag("tie_word_embeddings", True),
+        final_norm=False,
+        activation=c.choice("activation_function", fam.ACTIVATIONS, "gelu"),
+        **fam.biases(True),
     )
+    return replace(cfg, layers=(LayerKind(),) * (layers - 1) + (LayerKind(mixer="query"),))
 
 
-def pangu_names(_cfg: ModelConfig) -> Names:
-    layer = "transformer.h.{l}."
-    table: dict[str, str | Source] = {
-        "embed": "transformer.wte.weight",
+def pangu_names(_cfg: ModelConfig) -> fam.Names:
+    layer = fam.GPT_LAYER
+    table = fam.GPT | {
         "positions": "transformer.wpe.weight",
         "attn.queries": "transformer.wqe.weight",
-        "lm_head": "lm_head.weight",
-        **norms(attn_norm=f"{layer}ln_1", ffn_norm=f"{layer}ln_2", entry_norm="transformer.ln_f"),
-        **linears("attn.", **{x: f"{layer}attn.{x}_proj" for x in "qkv"}, o=f"{layer}attn.c_proj"),
-        **linears("ffn.", up=f"{layer}mlp.c_fc", down=f"{layer}mlp.c_proj"),
+        **fam.norms(entry_norm="transformer.ln_f"),
+        **fam.linears("attn.", **{x: f"{layer}attn.{x}_proj" for x in "qkv"}, o=f"{layer}attn.c_proj"),
+        **fam.linears("ffn.", up=f"{layer}mlp.c_fc", down=f"{layer}mlp.c_proj"),
     }
-    return Names(table, ignored=(r"\.attn\.(masked_)?bias$",))
+    return fam.Names(table, ignored=(r"\.attn\.(masked_)?bias$",))
 
 
-FAMILIES = {"gpt_pangu": Family(read_pangu, pangu_names)}
+FAMILIES = {"gpt_pangu": fam.Family(read_pangu, pangu_names)}

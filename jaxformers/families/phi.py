@@ -12,14 +12,10 @@ def read_phi(c: Keys) -> ModelConfig:
         c,
         layers=fam.uniform_layers(c, rope=fam.rope(c, fam.head_dim(c), fraction=0.5)),
         num_kv_heads=kv_heads,
-        norm="layer",
-        norm_bias=True,
-        norm_eps=c.number("layer_norm_eps", 1e-5),
+        **fam.layer_norm(c.number("layer_norm_eps", 1e-5)),
         parallel=True,
         shared_norm=True,
-        qkv_bias=True,
-        o_bias=True,
-        mlp_bias=True,
+        **fam.biases(True),
         lm_head_bias=True,
         gated=False,
         activation=c.choice("hidden_act", {"gelu_new": "gelu_tanh", "gelu": "gelu"}, "gelu_new"),
@@ -48,8 +44,8 @@ def read_phi3(c: Keys) -> ModelConfig:
 
 def phi3_names(cfg: ModelConfig) -> fam.Names:
     h, k = cfg.num_heads, cfg.num_kv_heads
-    view, parts = (cfg.d_model, h + 2 * k, cfg.head_dim), {"attn.q": h, "attn.k": k, "attn.v": k}
-    return fam.Names(fam.LLAMA | fam.slices(f"{fam.ATTN}qkv_proj.weight", view, 1, parts) | fam.fused_gate_up(cfg))
+    fused = fam.fused_qkv(f"{fam.ATTN}qkv_proj", cfg, (h + 2 * k, cfg.head_dim), 0, (h, k, k))
+    return fam.Names(fam.LLAMA | fused | fam.fused_gate_up(cfg))
 
 
 def read_phimoe(c: Keys) -> ModelConfig:
@@ -63,9 +59,7 @@ def read_phimoe(c: Keys) -> ModelConfig:
         layers=fam.uniform_layers(c, ffn="moe", window=window, rope=fam.rope(c, fam.head_dim(c), theta=1e6)),
         num_kv_heads=c.integer("num_key_value_heads", 8, null=c.integer("num_attention_heads")),
         moe=MoE(**chosen, d_ff=width, score="sparse_mixer", jitter=jitter),
-        norm="layer",
-        norm_bias=True,
-        norm_eps=c.number("rms_norm_eps", 1e-5),
+        **fam.layer_norm(c.number("rms_norm_eps", 1e-5)),
         qkv_bias=bias,
         o_bias=bias,
         lm_head_bias=c.flag("lm_head_bias", False),

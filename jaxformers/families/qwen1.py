@@ -5,9 +5,9 @@ logarithm of their position (`use_logn_attn`). Up to that length both change not
 that is declared here: training on longer texts is refused, and generating past it is logged.
 """
 
-from jaxformers.families.common import Family, Names, Source, linears, norms, slices
+from jaxformers.families import common as fam
 from jaxformers.families.keys import Keys
-from jaxformers.models.config import LayerKind, ModelConfig, Rope
+from jaxformers.models.config import ModelConfig, Rope
 
 
 def read_qwen(c: Keys) -> ModelConfig:
@@ -21,35 +21,29 @@ def read_qwen(c: Keys) -> ModelConfig:
     if heads * size != width:
         raise c.error("kv_channels", size, f"hidden_size ({width}) divided by num_attention_heads ({heads})")
     bias = not c.flag("no_bias", True)
-    return ModelConfig(
-        family="qwen",
-        vocab_size=c.integer("vocab_size"),
-        d_model=width,
+    return fam.gpt_config(
+        c,
+        width="hidden_size",
+        heads="num_attention_heads",
+        layers="num_hidden_layers",
+        rope=Rope(size, c.number("rotary_emb_base", 10_000.0)),
         d_ff=c.integer("intermediate_size") // 2,  # the published width counts gate and up together
-        num_heads=heads,
-        num_kv_heads=heads,
-        head_dim=size,
-        layers=(LayerKind(rope=Rope(size, c.number("rotary_emb_base", 10_000.0))),) * c.integer("num_hidden_layers"),
+        gated=True,
         context_length=c.integer("seq_length"),
+        norm="rms",
+        norm_bias=False,
         norm_eps=c.number("layer_norm_epsilon", 1e-6),
-        qkv_bias=True,
-        o_bias=bias,
-        mlp_bias=bias,
+        tie_embeddings=False,
+        **fam.biases(bias) | {"qkv_bias": True},
     )
 
 
-def qwen_names(cfg: ModelConfig) -> Names:
-    layer, view = "transformer.h.{l}.", (3, cfg.num_heads, cfg.head_dim)
-    table: dict[str, str | Source] = {
-        "embed": "transformer.wte.weight",
-        "lm_head": "lm_head.weight",
-        **norms(attn_norm=f"{layer}ln_1", ffn_norm=f"{layer}ln_2", final_norm="transformer.ln_f"),
-        **linears("attn.", o=f"{layer}attn.c_proj"),
-        **linears("ffn.", up=f"{layer}mlp.w1", gate=f"{layer}mlp.w2", down=f"{layer}mlp.c_proj"),
-        **slices(f"{layer}attn.c_attn.weight", (cfg.d_model, *view), 1, {f"attn.{x}": 1 for x in "qkv"}),
-        **slices(f"{layer}attn.c_attn.bias", view, 0, {f"attn.{x}_b": 1 for x in "qkv"}),
-    }
-    return Names(table, ignored=(r"\.rotary_emb\.inv_freq$",))
+def qwen_names(cfg: ModelConfig) -> fam.Names:
+    layer = fam.GPT_LAYER
+    ffn = fam.linears("ffn.", up=f"{layer}mlp.w1", gate=f"{layer}mlp.w2", down=f"{layer}mlp.c_proj")
+    fused = fam.fused_qkv(f"{layer}attn.c_attn", cfg, (3, cfg.num_heads, cfg.head_dim), 0)
+    table = fam.GPT | ffn | fused | fam.linears("attn.", o=f"{layer}attn.c_proj")
+    return fam.Names(table, ignored=(r"\.rotary_emb\.inv_freq$",))
 
 
-FAMILIES = {"qwen": Family(read_qwen, qwen_names)}
+FAMILIES = {"qwen": fam.Family(read_qwen, qwen_names)}

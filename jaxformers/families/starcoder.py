@@ -19,23 +19,14 @@ def read_gpt_bigcode(c: Keys) -> ModelConfig:
         context_length=positions,
         learned_positions=positions,
         activation=c.choice("activation_function", fam.ACTIVATIONS, "gelu_pytorch_tanh"),
-        qkv_bias=True,
-        o_bias=True,
-        mlp_bias=True,
+        **fam.biases(True),
     )
 
 
 def gpt_bigcode_names(cfg: ModelConfig) -> fam.Names:
-    h, name = cfg.num_heads, "transformer.h.{l}.attn.c_attn"
-    if cfg.num_kv_heads == 1:
-        sizes, view, axis = (h, 1, 1), (h + 2, cfg.head_dim), 0
-    else:
-        sizes, view, axis = (1, 1, 1), (h, 3, cfg.head_dim), 1
-    weights = {f"attn.{x}": size for x, size in zip("qkv", sizes, strict=True)}
-    biases = {f"{path}_b": size for path, size in weights.items()}
-    fused = fam.slices(f"{name}.weight", (cfg.d_model, *view), axis + 1, weights) | fam.slices(
-        f"{name}.bias", view, axis, biases
-    )
+    h, n, name = cfg.num_heads, cfg.head_dim, f"{fam.GPT_LAYER}attn.c_attn"
+    single = cfg.num_kv_heads == 1
+    fused = fam.fused_qkv(name, cfg, (h + 2, n), 0, (h, 1, 1)) if single else fam.fused_qkv(name, cfg, (h, 3, n), 1)
     return fam.Names(gpt2_table(transposed=True) | fused, ignored=(r"\.attn\.(masked_)?bias$",))
 
 
@@ -45,15 +36,11 @@ def read_starcoder2(c: Keys) -> ModelConfig:
         c,
         layers=fam.uniform_layers(c, window=c.integer("sliding_window", None), rope=fam.rope(c, fam.head_dim(c))),
         num_kv_heads=c.integer("num_key_value_heads", 2),
-        norm="layer",
-        norm_bias=True,
-        norm_eps=c.number("norm_epsilon", 1e-5),
+        **fam.layer_norm(c.number("norm_epsilon", 1e-5)),
         gated=False,
         activation=c.choice("hidden_act", fam.ACTIVATIONS, "gelu_pytorch_tanh"),
         tie_embeddings=c.flag("tie_word_embeddings", True),
-        qkv_bias=bias,
-        o_bias=bias,
-        mlp_bias=bias,
+        **fam.biases(bias),
     )
 
 

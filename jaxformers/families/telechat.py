@@ -3,11 +3,11 @@ models are Llama's and whose sparse ones are DeepSeek-V3's under other type name
 
 import math
 
-from jaxformers.families.common import Family, Names, Source, linears, llama_names, norms, slices
+from jaxformers.families import common as fam
 from jaxformers.families.deepseek import deepseek_names, read_deepseek_v3
 from jaxformers.families.keys import Keys
 from jaxformers.families.llama import read_llama
-from jaxformers.models.config import LayerKind, ModelConfig, Rope
+from jaxformers.models.config import ModelConfig, Rope
 
 
 def read_telechat(c: Keys) -> ModelConfig:
@@ -16,24 +16,18 @@ def read_telechat(c: Keys) -> ModelConfig:
     c.skip("attention_softmax_in_fp32", "bias_dropout_fusion", "masked_softmax_fusion", "flash_attn", "unk_token_id")
     c.skip("skip_bias_add", "skip_bias_add_qkv", "slow_but_exact", "pretraining_tp", "offset_alibi", "n_inner")
     c.skip("seq_length", "logn")  # how far a text may go past the trained length, and what would help it there
-    width, heads = c.integer("hidden_size"), c.integer("n_head")
-    if width % heads:
-        raise c.error("hidden_size", width, f"a multiple of n_head ({heads})")
-    kv_heads = c.integer("num_key_value_heads", heads)
-    if heads % kv_heads:
-        raise c.error("num_key_value_heads", kv_heads, f"a divisor of n_head ({heads})")
+    size = fam.even_heads(c, "hidden_size", "n_head")
     tied, context = c.flag("tie_word_embeddings", True), c.integer("training_seqlen")
-    return ModelConfig(
-        family=c.model_type,
-        vocab_size=c.integer("vocab_size"),
-        d_model=width,
+    return fam.gpt_config(
+        c,
+        width="hidden_size",
+        rope=_rope(c, size, context, tied),
+        num_kv_heads=c.integer("num_key_value_heads", c.integer("n_head")),
         d_ff=c.integer("ffn_hidden_size"),
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=width // heads,
-        layers=(LayerKind(rope=_rope(c, width // heads, context, tied)),) * c.integer("n_layer"),
+        gated=True,
         context_length=context,
-        norm_eps=c.number("layer_norm_epsilon", 1e-5),
+        norm="rms",
+        norm_bias=False,
         o_bias=True,
         down_bias=True,
         tie_embeddings=tied,
@@ -51,22 +45,15 @@ def _rope(c: Keys, dim: int, context: int, tied: bool) -> Rope:
     return Rope(dim, 10_000.0 * growth ** (dim / (dim - 2)))
 
 
-def telechat_names(cfg: ModelConfig) -> Names:
-    layer = "transformer.h.{l}."
+def telechat_names(cfg: ModelConfig) -> fam.Names:
+    layer = fam.GPT_LAYER
     attention, view = f"{layer}self_attention.", (cfg.d_model, cfg.num_kv_heads, 2, cfg.head_dim)
-    table: dict[str, str | Source] = {
-        "embed": "transformer.word_embeddings.weight",
-        "lm_head": "lm_head.weight",
-        **norms(
-            attn_norm=f"{layer}input_layernorm",
-            ffn_norm=f"{layer}post_attention_layernorm",
-            final_norm="transformer.ln_f",
-        ),
-        **linears("attn.", q=f"{attention}query", o=f"{attention}dense"),
-        **linears("ffn.", **{x: f"{layer}mlp.{x}_proj" for x in ("gate", "up", "down")}),
-        **slices(f"{attention}key_value.weight", view, 2, {"attn.k": 1, "attn.v": 1}),
+    table = fam.BLOOM | {
+        **fam.linears("attn.", q=f"{attention}query", o=f"{attention}dense"),
+        **fam.linears("ffn.", **{x: f"{layer}mlp.{x}_proj" for x in ("gate", "up", "down")}),
+        **fam.slices(f"{attention}key_value.weight", view, 2, {"attn.k": 1, "attn.v": 1}),
     }
-    return Names(table)
+    return fam.Names(table)
 
 
 def read_telechat3(c: Keys) -> ModelConfig:
@@ -74,9 +61,9 @@ def read_telechat3(c: Keys) -> ModelConfig:
     return read_deepseek_v3(c) if "kv_lora_rank" in c.values else read_llama(c)
 
 
-def telechat3_names(cfg: ModelConfig) -> Names:
-    return deepseek_names(cfg) if cfg.mla else llama_names(cfg)
+def telechat3_names(cfg: ModelConfig) -> fam.Names:
+    return deepseek_names(cfg) if cfg.mla else fam.llama_names(cfg)
 
 
-_FIRST, _THIRD = Family(read_telechat, telechat_names), Family(read_telechat3, telechat3_names)
+_FIRST, _THIRD = fam.Family(read_telechat, telechat_names), fam.Family(read_telechat3, telechat3_names)
 FAMILIES = {"telechat": _FIRST, "telechat2": _FIRST, "telechat3": _THIRD, "telechat3_moe": _THIRD}
