@@ -16,6 +16,7 @@ _HOME = {
     "save_pretrained": "jaxformers.api",
     "generate": "jaxformers.generation",
     "stream": "jaxformers.generation",
+    "Conversation": "jaxformers.chat",
     "fit": "jaxformers.training",
     "FitResult": "jaxformers.training",
     "load_config": "jaxformers.config",

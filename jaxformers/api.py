@@ -11,10 +11,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxformers.data.tokenizer import Tokenizer, load_tokenizer
+from jaxformers.data.gguf_tokenizer import gguf_tokenizer
+from jaxformers.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from jaxformers.families import read_config
 from jaxformers.hub.convert import import_params
 from jaxformers.hub.fp8 import open_weights
+from jaxformers.hub.gguf import open_gguf
+from jaxformers.hub.gguf_models import gguf_config, gguf_generation, gguf_tensors
 from jaxformers.hub.pretrained import read_generation_config, write_pretrained
 from jaxformers.hub.resolve import classify, resolve
 from jaxformers.models.config import ModelConfig
@@ -43,7 +46,7 @@ class Model:
 
 
 def load(ref: str | Path, *, mesh: Mesh | MeshConfig | None = None, dtype: str | None = None) -> Model:
-    """The model that `ref` means: a Hugging Face directory, a hub id, a run directory or one of its checkpoints.
+    """The model that `ref` means: a Hugging Face directory, a `.gguf` file, a hub id, a run or one of its checkpoints.
 
     mesh: where its parameters are placed; None = the first device. dtype: of parameters and computation; None keeps the
     parameters as stored and computes in float32 on CPU, in bfloat16 elsewhere unless they are stored as float32.
@@ -60,7 +63,8 @@ def load(ref: str | Path, *, mesh: Mesh | MeshConfig | None = None, dtype: str |
 
 @dataclass(frozen=True)
 class FoundModel:
-    """A model whose weights have not been read yet. tensors are those of a Hugging Face directory, step a run's."""
+    """A model whose weights have not been read yet. tensors are a checkpoint's, under Hugging Face names, step a
+    run's."""
 
     path: Path
     config: ModelConfig
@@ -92,12 +96,22 @@ def find_model(ref: str | Path) -> FoundModel:
         case "huggingface":
             generation = read_generation_config(path)
             return FoundModel(path, read_config(path), _tokenizer_at(path), generation, tensors=open_weights(path))
+        case "gguf":
+            return _find_gguf(path)
         case "run":
             return _find_run(path, None)
         case "checkpoint":
             return _find_run(path.absolute().parent.parent, int(path.absolute().name))
         case kind:
             raise ValueError(f"{ref} is a {kind} file, which cannot be loaded as a model; name its directory")
+
+
+def _find_gguf(path: Path) -> FoundModel:
+    """All of a model from one file."""
+    file = open_gguf(path)
+    config = gguf_config(file)
+    tokenizer = gguf_tokenizer(file.metadata, origin=str(path))
+    return FoundModel(path, config, tokenizer, gguf_generation(file), tensors=gguf_tensors(file))
 
 
 def _find_run(run: Path, step: int | None) -> FoundModel:
@@ -123,7 +137,7 @@ def _default_compute_dtype(params: Params, mesh: Mesh) -> str:
 
 def _tokenizer_at(path: Path) -> Tokenizer | None:
     """The tokenizer of a directory; None where there is none, as for weights alone."""
-    return load_tokenizer(path) if (path / "tokenizer.json").is_file() else None
+    return load_tokenizer(path) if has_tokenizer(path) else None
 
 
 def save_pretrained(

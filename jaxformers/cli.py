@@ -29,7 +29,7 @@ app.add_typer(bench_app, name="bench")
 Ref = Annotated[
     str,
     typer.Argument(
-        help="A Hugging Face directory, a hub id (ORG/NAME[@REVISION]), a run directory or one of its checkpoints."
+        help="A Hugging Face directory, a .gguf file, a hub id (ORG/NAME[@REVISION]), a run or one of its checkpoints."
     ),
 ]
 
@@ -136,6 +136,39 @@ def _prompts(given: list[str], file: Path | None) -> list[str]:
 
 
 @app.command()
+def chat(
+    ref: Ref,
+    system: Annotated[str | None, typer.Option(help="What the model is told before the conversation.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens of an answer at most.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 = the likeliest token each time.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw from the likeliest tokens of this total probability.")
+    ] = None,
+    min_p: Annotated[float | None, typer.Option(help="Draw from tokens of this share of the likeliest one's.")] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Above 1: make tokens seen before less likely.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same answers.")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Of parameters and computation.")] = None,
+) -> None:
+    """Talk with a model. Each line of standard input is a turn; /help lists the commands."""
+    from jaxformers.api import load
+    from jaxformers.chat import Conversation, converse
+
+    settings = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+    }
+    converse(Conversation(load(ref, dtype=dtype), system=system, **settings))
+
+
+@app.command()
 def convert(
     source: Ref,
     destination: Annotated[Path, typer.Argument(help="The Hugging Face directory to write.")],
@@ -214,7 +247,7 @@ def main() -> None:
 
 
 def _set_up_unless_help() -> None:
-    verbs_with_jax = ("train", "generate", "convert", "bench")
+    verbs_with_jax = ("train", "generate", "chat", "convert", "bench")
     if len(sys.argv) > 1 and sys.argv[1] in verbs_with_jax and not {"-h", "--help"} & set(sys.argv):
         from jaxformers.environment import set_up
 

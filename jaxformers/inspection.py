@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from jaxformers.api import TOKENIZER_FOLDER
-from jaxformers.data.tokenizer import load_tokenizer
+from jaxformers.api import TOKENIZER_FOLDER, find_model
+from jaxformers.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from jaxformers.families import read_config
+from jaxformers.hub.gguf import open_gguf
 from jaxformers.hub.resolve import classify, resolve
 from jaxformers.hub.safetensors import open_tensors
 from jaxformers.models.config import LayerKind, ModelConfig, plan_stacks
@@ -21,8 +22,10 @@ def describe(ref: str | Path) -> dict[str, str]:
     path = resolve(ref).absolute()
     kind = classify(path)
     found = {"path": str(path), "kind": kind}
-    if kind in ("safetensors", "gguf"):
+    if kind == "safetensors":
         return found | _weights(path)
+    if kind == "gguf":
+        return found | _gguf(path)
     if kind == "huggingface":
         return found | _model(read_config(path)) | _tokenizer(path) | _weights(path)
     run = path if kind == "run" else path.parent.parent
@@ -57,15 +60,23 @@ def _kind(kind: LayerKind) -> str:
 
 
 def _tokenizer(path: Path) -> dict[str, str]:
-    if not (path / "tokenizer.json").is_file():
+    return _described(load_tokenizer(path) if has_tokenizer(path) else None)
+
+
+def _described(tokenizer: Tokenizer | None) -> dict[str, str]:
+    if tokenizer is None:
         return {"tokenizer": "none"}
-    tokenizer = load_tokenizer(path)
     return {"tokenizer": f"{tokenizer.vocab_size:,} ids, end of text {tokenizer.eos_id}"}
 
 
+def _gguf(path: Path) -> dict[str, str]:
+    file, found = open_gguf(path), find_model(path)
+    types = ", ".join(f"{count} {name}" for name, count in file.stored.items())
+    weights = {"weights": f"{len(file.tensors)} tensors, {file.nbytes / 1e9:.2f} GB: {types}"}
+    return _model(found.config) | _described(found.tokenizer) | weights
+
+
 def _weights(path: Path) -> dict[str, str]:
-    if path.suffix == ".gguf":
-        return {}
     tensors = open_tensors(path)
     dtypes = ", ".join(sorted({str(t.dtype) for t in tensors.values()}))
     return {"weights": f"{len(tensors)} tensors, {sum(t.nbytes for t in tensors.values()) / 1e9:.2f} GB of {dtypes}"}

@@ -28,6 +28,8 @@ _FILES = (
     "vocab.json",
     "merges.txt",
 )
+_OLDER_SUFFIXES = (".model", ".tiktoken")
+_MORE_TEMPLATES = "additional_chat_templates/"
 _NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 
 
@@ -37,7 +39,7 @@ class Tokenizer:
     Attributes:
         bos_id, eos_id, pad_id, unk_id: ids of the tokens that begin, end, pad a text or stand for the unknown, or None.
         stop_ids: every id that ends a generated text: `eos_id` and those the model's generation settings add.
-        chat_template: the Jinja template that renders a conversation, or None.
+        chat_templates: Jinja templates that render a conversation, by name; most models have a "default" or none.
         vocab_size: the largest id + 1, which is what a model's embedding must cover.
         fingerprint: a hash of everything that decides ids; equal for tokenizers that encode alike.
     """
@@ -65,7 +67,38 @@ class Tokenizer:
         self.unk_id = self._id_of(tokens.get("unk_token"))
         own_stop = () if self.eos_id is None else (self.eos_id,)
         self.stop_ids = tuple(dict.fromkeys((*own_stop, *stop_ids)))
-        self.chat_template = _chat_template(self._files, config)
+        self.chat_templates = _chat_templates(self._files, config)
+        self._named_tokens = tokens
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template for a conversation without tools, or None."""
+        return self.chat_templates.get("default")
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+        template: str | None = None,
+        **variables: Any,
+    ) -> str:
+        """The conversation as one text, by the model's own template or another one; see `data.chat.render_chat`.
+
+        Encode it with `add_special_tokens=False`, as templates write those themselves. ValueError where there is no
+        template.
+        """
+        from jaxformers.data.chat import render_chat  # brings jinja, which most runs do not need
+
+        if template is None:
+            name = "tool_use" if tools is not None and "tool_use" in self.chat_templates else "default"
+            template = self.chat_templates.get(name)
+        if template is None:
+            named = f" named default, only {', '.join(sorted(self.chat_templates))}" if self.chat_templates else ""
+            raise ValueError(f"this model has no chat template{named}, so it does not say how a conversation reads")
+        values = {**self._named_tokens, **variables}
+        return render_chat(template, messages, tools=tools, add_generation_prompt=add_generation_prompt, **values)
 
     def _id_of(self, token: str | None) -> int | None:
         return None if token is None else self._text.token_to_id(token)
@@ -126,6 +159,7 @@ class Tokenizer:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         for name, content in self._files.items():
+            (directory / name).parent.mkdir(exist_ok=True)
             (directory / name).write_bytes(content)
 
 
@@ -133,6 +167,8 @@ def load_tokenizer(
     path: str | Path, *, bos_token: str | None = None, eos_token: str | None = None, pad_token: str | None = None
 ) -> Tokenizer:
     """The tokenizer of a tokenizer.json (with the settings beside it, if any) or of a Hugging Face directory.
+
+    A sentencepiece `.model` and tiktoken's ranks are converted; tokenizer.json comes before them.
 
     The tokens that begin, end and pad a text come from tokenizer_config.json or special_tokens_map.json, else from the
     ids in generation_config.json or config.json; the ones given here come before all of these.
@@ -142,10 +178,13 @@ def load_tokenizer(
     """
     path = Path(path)
     directory, main = (path, path / "tokenizer.json") if path.is_dir() else (path.parent, path)
-    if not main.is_file():
-        raise ValueError(_why_no_tokenizer(path))
     files = {name: (directory / name).read_bytes() for name in _FILES if (directory / name).is_file()}
-    files["tokenizer.json"] = main.read_bytes()
+    more = sorted(directory.glob(f"{_MORE_TEMPLATES}*.jinja"))
+    files |= {f"{_MORE_TEMPLATES}{file.name}": file.read_bytes() for file in more}
+    if main.is_file() and main.suffix not in _OLDER_SUFFIXES:
+        files["tokenizer.json"] = main.read_bytes()
+    else:
+        files = _converted(path, files)
     model = _read_model_settings(directory)
     given = {"bos_token": bos_token, "eos_token": eos_token, "pad_token": pad_token}
     _settle_named_tokens(files, given, model, origin=str(path))
@@ -154,7 +193,7 @@ def load_tokenizer(
 
 def byte_tokenizer(special_tokens: Sequence[str] = ()) -> Tokenizer:
     """One id per UTF-8 byte, equal to the byte; then the begin, end and padding tokens, then `special_tokens`."""
-    alphabet = {character: byte for byte, character in enumerate(_byte_characters())}
+    alphabet = {character: byte for byte, character in enumerate(byte_characters())}
     text = tokenizers.Tokenizer(models.BPE(vocab=alphabet, merges=[]))
     text.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     text.add_special_tokens([BOS, EOS, PAD, *special_tokens])
@@ -256,7 +295,7 @@ def _finish(text: tokenizers.Tokenizer, *, origin: str) -> Tokenizer:
     return Tokenizer(files, origin=origin)
 
 
-def _byte_characters() -> Iterator[str]:
+def byte_characters() -> Iterator[str]:
     """The printable stand-in that byte-level models use for each byte, in byte order (GPT-2's table)."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
@@ -303,19 +342,41 @@ def _add_missing_tokens(text: tokenizers.Tokenizer, named: Mapping[str, str], co
     text.add_tokens(missing)
 
 
-def _chat_template(files: Mapping[str, bytes], config: Mapping[str, Any]) -> str | None:
-    if "chat_template.jinja" in files:
-        return files["chat_template.jinja"].decode()
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several by name
-        return next((entry["template"] for entry in template if entry["name"] == "default"), None)
-    return template
+def _chat_templates(files: Mapping[str, bytes], config: Mapping[str, Any]) -> dict[str, str]:
+    """Templates by name; files of their own come before what tokenizer_config.json says."""
+    value = config.get("chat_template")
+    several = {entry["name"]: entry["template"] for entry in value} if isinstance(value, list) else {}
+    templates = {"default": value} if isinstance(value, str) else several
+    for name, content in files.items():
+        if name == "chat_template.jinja":
+            templates["default"] = content.decode()
+        elif name.startswith(_MORE_TEMPLATES):
+            templates[name.removeprefix(_MORE_TEMPLATES).removesuffix(".jinja")] = content.decode()
+    return templates
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether `load_tokenizer` finds one there, of whatever kind."""
+    from jaxformers.data.older import find_older
+
+    return (directory / "tokenizer.json").is_file() or find_older(directory) is not None
+
+
+def _converted(path: Path, files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The files of a tokenizer that has another form than tokenizer.json, in that form."""
+    from jaxformers.data.older import convert, find_older  # builds on this module
+
+    older = find_older(path)
+    if older is None:
+        raise ValueError(_why_no_tokenizer(path))
+    kept = {name: content for name, content in files.items() if name not in ("tokenizer.model", "added_tokens.json")}
+    return kept | convert(older, _read_json(kept, "tokenizer_config.json", str(path)))
 
 
 def _why_no_tokenizer(path: Path) -> str:
     if not path.exists():
         return f"{path}: no such file or directory"
-    if any((path / name).is_file() for name in ("tokenizer.model", "vocab.json", "vocab.txt")):
+    if any((path / name).is_file() for name in ("vocab.json", "vocab.txt")):
         return f"{path} has an older tokenizer but no tokenizer.json; `transformers` converts one by loading and saving"
     return f"{path} holds no tokenizer.json"
 

@@ -195,7 +195,7 @@ def _empty_directory(path):
 
 
 def _older_tokenizer(path):
-    (path / "tokenizer.model").write_bytes(b"x")
+    (path / "vocab.json").write_bytes(b"x")
     return path
 
 

@@ -1,12 +1,16 @@
 """Every family on another machine shape: heads and widths split over four devices, and bfloat16 arithmetic."""
 
+import copy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from families.checkpoints import ROWS, assert_close, checkpoint, reference_logits, tokens
-from families.test_parity import LENGTH, jit, positions_of
+from families import checkpoints, foreign
+from families.checkpoints import ROWS, assert_close, reference_logits, tokens
+from families.foreign import TWINS
+from families.passes import LENGTH, jit, positions_of
 
 from jaxformers.hub.pretrained import read_pretrained
 from jaxformers.models.config import ModelConfig
@@ -15,7 +19,11 @@ from jaxformers.models.params import Params, model_spec
 from jaxformers.models.runtime import Runtime
 from jaxformers.parallel.mesh import MeshConfig, gatherer, make_mesh, param_shardings, sharder
 
-every_row = pytest.mark.parametrize("name", list(ROWS))
+every_row = pytest.mark.parametrize("name", [*ROWS, *TWINS])
+
+
+def checkpoint(name: str) -> checkpoints.Checkpoint | foreign.Checkpoint:
+    return checkpoints.checkpoint(name) if name in ROWS else foreign.checkpoint(name)
 
 
 def logits_of(params: Params, cfg: ModelConfig, ids: np.ndarray, runtime: Runtime) -> np.ndarray:
@@ -47,11 +55,12 @@ def test_bfloat16_logits_are_as_near_to_the_truth_as_the_references(name):
 
 
 def torch_in_bfloat16(name: str) -> torch.nn.Module:
-    """The reference's model with all its weights in bfloat16, opened from the files."""
-    import transformers
-
-    c = checkpoint(name)
-    opened = transformers.AutoModelForCausalLM.from_pretrained(
-        c.directory, dtype=torch.bfloat16, attn_implementation=c.row.attention
-    )
-    return opened.eval()
+    """The reference's model with its weights in bfloat16; the angles of its rotation stay in float32."""
+    model = copy.deepcopy(checkpoint(name).model)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    for owner in model.modules():
+        for key, buffer in owner.named_buffers(recurse=False):
+            if key in owner.state_dict():
+                setattr(owner, key, buffer.bfloat16())
+    return model
