@@ -35,6 +35,12 @@ def test_the_readme_lists_every_model_type():
     assert set(re.findall(r"`(\w+)`", table)) == set(FAMILIES)
 
 
+def test_the_readme_says_how_many_sizes_there_are():
+    from jaxformers.families.catalog import published
+
+    assert f"The architectures of {len(published())} published checkpoints" in README
+
+
 @pytest.mark.slow
 def test_every_command_runs_in_a_fresh_environment(tmp_path):
     checkout = tmp_path / "jaxformers"

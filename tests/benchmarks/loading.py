@@ -8,8 +8,10 @@ machine that slows down slows all of them; ratios are of medians, and above 1 ou
 `reading` is `Path.read_bytes`, the plain way to have a file in memory. `reading into memory` is `readinto` of a buffer
 that was written before: one pass over the cached file and one over the buffer, the least that any copy costs. Ours
 needs those passes too, has to get its memory from the system, and transposes each matrix, [out, in] on disk, to the
-[in, out] of its parameters, 16 bits at a time: that work, not the memory, is its limit, and more processors shorten it.
-It makes one copy, and that in threads.
+[in, out] of its parameters, 16 bits at a time: half a second of processor time a gigabyte, where memory alone would
+allow a ninth of it. It makes one copy, and that in threads, so processors that are free shorten it. What the system
+takes to find large pages for the parameters comes on top, 0.2 s where memory is whole and more than 1 s where it is in
+pieces.
 
 `from_pretrained` in the dtype of the file reads nothing: its parameters are views of the mapped file, and each costs
 its reading when it is first used. Nothing that copies can be as fast. `from_pretrained, held` is what compares: its
@@ -19,6 +21,7 @@ parameters in memory of their own, as ours are. In another dtype both arms are t
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -42,6 +45,7 @@ ONE_GIGABYTE = {
     "max_position_embeddings": 2048,
 }
 STORED = "bfloat16"
+REST_SECONDS = 0.5  # before each arm, in which threads that still spin for the one before come to rest
 
 
 def write_checkpoint(directory: Path) -> None:
@@ -114,6 +118,8 @@ def main() -> None:
         ways, seconds = arms(directory, options.dtype), {}
         for count in range(options.rounds + 1):
             for name, way in ways.items():
+                gc.collect()
+                time.sleep(REST_SECONDS)
                 start = time.perf_counter()
                 kept = way()
                 elapsed = time.perf_counter() - start
