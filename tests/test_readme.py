@@ -34,6 +34,12 @@ def test_the_readme_holds_the_parity_matrix_of_the_tests():
     assert table(planned()) in README, "run: python tests/families/matrix.py"
 
 
+def test_the_readme_says_how_many_sizes_there_are():
+    from jaxformers.families.catalog import published
+
+    assert f"The architectures of {len(published())} published checkpoints" in README
+
+
 @pytest.mark.slow
 def test_every_command_runs_in_a_fresh_environment(tmp_path):
     checkout = tmp_path / "jaxformers"

@@ -218,13 +218,14 @@ def test_no_more_than_one_leaf_exists_twice_while_importing(tmp_path):
 # -- dtypes
 
 
-def test_dtypes_are_kept_unless_another_is_asked_for():
+@pytest.mark.parametrize("stored", [jnp.bfloat16, jnp.float16])
+def test_dtypes_are_kept_unless_another_is_asked_for(stored):
     cfg, tensors = checkpoint("qwen2").ours.config, saved_tensors("qwen2")
-    half = {name: value.astype(ml_dtypes.bfloat16) for name, value in tensors.items()}
-    assert {leaf.dtype for leaf in jax.tree.leaves(import_params(cfg, half))} == {jnp.dtype(jnp.bfloat16)}
+    half = {name: value.astype(stored) for name, value in tensors.items()}
+    assert {leaf.dtype for leaf in jax.tree.leaves(import_params(cfg, half))} == {jnp.dtype(stored)}
     wide = import_params(cfg, half, dtype=jnp.float32)
     assert {leaf.dtype for leaf in jax.tree.leaves(wide)} == {jnp.dtype(jnp.float32)}
-    assert_bit_equal(export_tensors(cfg, wide, dtype=jnp.bfloat16), half)
+    assert_bit_equal(export_tensors(cfg, wide, dtype=stored), half)
 
 
 def test_layers_of_different_dtypes_in_one_leaf_become_float32():
