@@ -15,11 +15,11 @@ from jaxformers.data.gguf_tokenizer import gguf_tokenizer
 from jaxformers.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from jaxformers.families import read_config
 from jaxformers.hub.convert import import_params
+from jaxformers.hub.fp8 import open_weights
 from jaxformers.hub.gguf import open_gguf
 from jaxformers.hub.gguf_models import gguf_config, gguf_generation, gguf_tensors
 from jaxformers.hub.pretrained import read_generation_config, write_pretrained
 from jaxformers.hub.resolve import classify, resolve
-from jaxformers.hub.safetensors import open_tensors
 from jaxformers.models.config import ModelConfig
 from jaxformers.models.params import Params, model_spec
 from jaxformers.parallel.mesh import MeshConfig, make_mesh, param_shardings, single_device_mesh
@@ -95,7 +95,7 @@ def find_model(ref: str | Path) -> FoundModel:
     match classify(path):
         case "huggingface":
             generation = read_generation_config(path)
-            return FoundModel(path, read_config(path), _tokenizer_at(path), generation, tensors=open_tensors(path))
+            return FoundModel(path, read_config(path), _tokenizer_at(path), generation, tensors=open_weights(path))
         case "gguf":
             return _find_gguf(path)
         case "run":

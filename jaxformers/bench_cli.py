@@ -152,6 +152,7 @@ def architecture(target: str | None, preset: str | None) -> ModelConfig:
     with either."""
     from jaxformers.config import load_config
     from jaxformers.families import read_config
+    from jaxformers.families.catalog import is_published
     from jaxformers.hub.resolve import classify, resolve
     from jaxformers.train.checkpoint import Checkpointer
 
@@ -162,6 +163,8 @@ def architecture(target: str | None, preset: str | None) -> ModelConfig:
     if _is_config(target):
         model = load_config(target).model
         return architecture(model, None) if isinstance(model, str) else read_config(model)
+    if is_published(target):
+        return read_config(target)
     path = resolve(target)
     kind = classify(path)
     if kind == "huggingface":

@@ -5,6 +5,7 @@ Exit status: 0 on success, 2 with one clear line for a user's mistake, 1 for a f
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -185,12 +186,15 @@ def convert(
 
 
 @app.command()
-def models() -> None:
-    """List the model types that checkpoints may have."""
-    from jaxformers.families import FAMILIES
+def models(
+    only: Annotated[str | None, typer.Argument(help="A part of the types, lineages or sizes to show.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
+) -> None:
+    """List model types, what is proved of each, and the sizes that a config's `model` may name."""
+    from jaxformers.listing import describe_types, list_types
 
-    for name in sorted(FAMILIES):
-        print(name)
+    types = list_types(only)
+    print(json.dumps([dataclasses.asdict(row) for row in types], indent=2) if as_json else describe_types(types))
 
 
 @app.command()

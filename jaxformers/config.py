@@ -40,8 +40,9 @@ class RunConfig(BaseModel):
 
     run_dir: str = Field(description="Where the run lives: config.yaml, metrics.jsonl, checkpoints/, tokenizer/.")
     model: dict[str, Any] | str = Field(
-        description="A config.json written out (model_type, hidden_size, ...) to start from random weights, or a "
-        "reference (Hugging Face directory, hub id, run directory) to go on from its weights."
+        description="A config.json written out (model_type, hidden_size, ...) or the name of a published size "
+        "(`jaxformers models` lists them) to start from random weights, or a reference (Hugging Face directory, hub "
+        "id, run directory) to go on from its weights.",
     )
     seed: int = Field(0, ge=0, lt=2**31, description="Of the initial parameters.")
     tokenizer: TokenizerConfig | None = Field(

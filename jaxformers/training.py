@@ -23,6 +23,7 @@ from jaxformers.data.pipeline import process_share, to_global, train_iterator, v
 from jaxformers.data.rows import Row
 from jaxformers.data.tokenizer import Tokenizer, check_vocabulary
 from jaxformers.families import read_config
+from jaxformers.families.catalog import is_published
 from jaxformers.generation import generate
 from jaxformers.models.config import ModelConfig
 from jaxformers.models.params import count_params, flops_per_token
@@ -69,7 +70,7 @@ def prepare_run(config: RunConfig) -> Setup:
     """Checks a config against itself and the devices. ValueError for a combination that cannot run."""
     pretrained = None
     mesh = make_mesh(config.mesh)
-    if isinstance(config.model, str):
+    if isinstance(config.model, str) and not is_published(config.model):
         pretrained = find_model(config.model)
         cfg = pretrained.config
     else:

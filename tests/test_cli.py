@@ -4,11 +4,13 @@ import functools
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import yaml
 from tiny import LLAMA, run_config
@@ -16,6 +18,7 @@ from tiny import LLAMA, run_config
 import jaxformers as jf
 from jaxformers import cli
 from jaxformers.families import FAMILIES
+from jaxformers.hub.safetensors import open_tensors, write_tensors
 
 VERBS = ("train", "generate", "convert", "models", "inspect", "schema", "bench")
 
@@ -124,9 +127,50 @@ def test_the_version_is_the_packages(run):
     assert run("--version") == Outcome(0, f"jaxformers {jf.__version__}\n", "")
 
 
-def test_models_are_listed_one_a_line(run):
-    done = run("models")
-    assert done.out.splitlines() == sorted(FAMILIES)
+def test_every_model_type_is_listed_with_its_status_and_below_it_its_sizes(run):
+    lines = run("models").out.splitlines()
+    types = [line.split()[0] for line in lines if not line.startswith(" ")]
+    assert types == sorted(types)
+    assert set(FAMILIES) <= set(types)
+    qwen = lines.index(next(line for line in lines if line.startswith("qwen3 ")))
+    assert lines[qwen].split(None, 1)[1] == "train: proved  generate: proved  convert: proved"
+    assert lines[qwen + 1].split() == ["qwen3-0.6b", "596,049,920", "40,960", "Qwen/Qwen3-0.6B"]
+
+
+@pytest.mark.parametrize(
+    "only, types, sizes",
+    [
+        ("gemma-2-9B", ["gemma2"], ["gemma-2-9b"]),
+        ("mixtral", ["mixtral"], ["mixtral-8x7b", "mixtral-8x22b"]),
+        ("codellama", ["llama"], ["codellama-7b", "codellama-13b", "codellama-34b", "codellama-70b"]),
+    ],
+)
+def test_a_part_of_a_type_lineage_or_size_narrows_the_list_of_models(run, only, types, sizes):
+    rows = json.loads(run("models", only, "--json").out)
+    assert [row["model_type"] for row in rows] == types
+    assert [size["name"] for row in rows for size in row["sizes"]] == sizes
+    assert run("models", "mixtrel").mistake.endswith("did you mean 'mixtral'?")
+
+
+def test_the_name_of_a_published_size_in_a_config_is_its_architecture(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = write_config(tmp_path, model="smollm2-135m")
+    shown = run("train", path, "--dry-run")
+    assert "# parameters: 134,515,008" in shown.out
+    assert "model: smollm2-135m" in shown.out
+    mistake = run("train", write_config(tmp_path, model="smollm2-135"), "--dry-run").mistake
+    assert "did you mean the published size 'smollm2-135m'?" in mistake
+
+
+def test_a_directory_wins_over_the_published_size_of_its_name(run, exported, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("gpt2").symlink_to(exported())
+    shown = run("train", write_config(tmp_path, model="gpt2"), "--dry-run")
+    assert "# model: llama" in shown.out
+
+
+def test_a_published_size_has_no_weights_of_its_own(run):
+    assert run("generate", "gpt2", "x").mistake.endswith("the weights of gpt2 are openai-community/gpt2")
 
 
 def test_the_schema_is_json(run):
@@ -244,6 +288,108 @@ def test_a_truncated_safetensors(run, exported, tmp_path, verb):
     message = run(verb, *arguments).mistake
     assert str(weights) in message
     assert not (tmp_path / "out").exists()
+
+
+def with_tensors(change):
+    """A fault: the weights with some tensors dropped, added or replaced."""
+
+    def break_it(directory: Path):
+        tensors = dict(open_tensors(directory))
+        write_tensors(directory, {name: value for name, value in (tensors | change).items() if value is not None})
+
+    return break_it
+
+
+def with_header(change):
+    """A fault: a header that `change` has edited, over the same data."""
+
+    def break_it(directory: Path):
+        path = directory / "model.safetensors"
+        raw = path.read_bytes()
+        size = int.from_bytes(raw[:8], "little")
+        header = change(raw[8 : 8 + size].decode()).encode()
+        path.write_bytes(len(header).to_bytes(8, "little") + header + raw[8 + size :])
+
+    return break_it
+
+
+def overlapping(text: str) -> str:
+    """The second tensor begins where the first does."""
+    header = json.loads(text)
+    first, second, *_ = sorted((v for k, v in header.items() if k != "__metadata__"), key=lambda v: v["data_offsets"])
+    length = second["data_offsets"][1] - second["data_offsets"][0]
+    second["data_offsets"] = [first["data_offsets"][0], first["data_offsets"][0] + length]
+    return json.dumps(header)
+
+
+def with_index(change):
+    """A fault: an index of two files that `change` has edited."""
+
+    def break_it(directory: Path):
+        tensors = dict(open_tensors(directory))
+        write_tensors(directory, tensors, max_shard_bytes=sum(t.nbytes for t in tensors.values()) // 2 + 1000)
+        index = directory / "model.safetensors.index.json"
+        content = json.loads(index.read_text())
+        change(directory, content["weight_map"])
+        index.write_text(json.dumps(content))
+
+    return break_it
+
+
+def rename_shard(to: str):
+    def change(_directory: Path, shard_of: dict[str, str]):
+        shard_of["model.norm.weight"] = to
+
+    return change
+
+
+def copy_shard(directory: Path, shard_of: dict[str, str]):
+    """A third file that holds what the first one does."""
+    first = shard_of["model.embed_tokens.weight"]
+    (directory / "again.safetensors").write_bytes((directory / first).read_bytes())
+    shard_of["model.embed_tokens.weight"] = "again.safetensors"
+
+
+def only_pickled(directory: Path):
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+
+
+BROKEN = {
+    "missing": (
+        with_tensors({"model.norm.weight": None, "model.layers.1.mlp.up_proj.weight": None}),
+        ["2 tensors missing: ", "model.norm.weight", "model.layers.1.mlp.up_proj.weight"],
+    ),
+    "extra": (
+        with_tensors({"one": np.ones(2, "f4"), "model.layers.9.two": np.ones(2, "f4")}),
+        ["2 tensors without a place in the model: ", "one", "model.layers.9.two"],
+    ),
+    "misshapen": (
+        with_tensors(
+            {"model.norm.weight": np.ones(7, "f4"), "model.layers.0.mlp.up_proj.weight": np.ones((2, 3), "f4")}
+        ),
+        ["2 tensors of another shape", "model.norm.weight is [7], not [32]", "up_proj.weight is [2, 3], not [48, 32]"],
+    ),
+    "no shard": (with_index(rename_shard("model-3.safetensors")), ["'model-3.safetensors', which is not there"]),
+    "a shard elsewhere": (with_index(rename_shard("../x.safetensors")), ["'../x.safetensors'", "same directory"]),
+    "twice in the shards": (with_index(copy_shard), ["and in another shard"]),
+    "twice in a file": (with_header(lambda text: text.rstrip()[:-1] + "," + text[1:]), ["comes 2 times"]),
+    "overlap": (with_header(overlapping), ["overlaps another"]),
+    "long header": (
+        lambda d: (d / "model.safetensors").write_bytes((10**6).to_bytes(8, "little") + b"{}"),
+        ["truncated or no safetensors file", "1000000"],
+    ),
+    "pickled": (only_pickled, ["pytorch_model.bin", "never loaded", "convert once: python -c"]),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_broken_weights_are_one_line_that_names_what_is_wrong(run, exported, tmp_path, fault):
+    directory = tmp_path / "model"
+    shutil.copytree(exported(), directory)
+    break_it, said = BROKEN[fault]
+    break_it(directory)
+    mistake = run("generate", directory, "x").mistake
+    assert all(text in mistake for text in said), mistake
 
 
 @pytest.mark.parametrize("verb", ["generate", "convert", "inspect"])

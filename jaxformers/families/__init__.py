@@ -11,44 +11,96 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxformers.families import deepseek, gemma, gpt, llama, qwen
+from jaxformers.families import (
+    apertus,
+    baichuan,
+    bloom,
+    chatglm,
+    cohere,
+    deepseek,
+    dots,
+    ernie,
+    exaone,
+    falcon,
+    gemma,
+    glm,
+    gpt2,
+    gpt_oss,
+    granite,
+    helium,
+    hunyuan,
+    internlm,
+    internlm3,
+    llama,
+    minimax,
+    mistral,
+    mpt,
+    nanochat,
+    nemotron,
+    neox,
+    olmo,
+    opt,
+    pangu,
+    phi,
+    qwen,
+    qwen1,
+    renamed,
+    smollm,
+    stablelm,
+    starcoder,
+    telechat,
+)
+from jaxformers.families.catalog import published_config
 from jaxformers.families.common import Family, Names
 from jaxformers.families.keys import Keys
+from jaxformers.families.quantization import block_size
 from jaxformers.models.config import ModelConfig
 
+MODULES = (
+    llama, mistral, qwen, gemma, phi, deepseek, gpt_oss, glm, olmo, granite, cohere, ernie, hunyuan, exaone, dots,
+    minimax, apertus, smollm, helium, internlm3, nemotron, stablelm, starcoder, falcon, bloom, mpt, opt, neox, gpt2,
+    nanochat, baichuan, internlm, qwen1, chatglm, telechat, renamed, pangu,
+)  # fmt: skip
 FAMILIES: dict[str, Family] = {
-    model_type: family
-    for module in (llama, qwen, gemma, deepseek, gpt)
-    for model_type, family in module.FAMILIES.items()
+    model_type: family for module in MODULES for model_type, family in module.FAMILIES.items()
 }
 
 
 def read_config(source: str | Path | Mapping[str, Any]) -> ModelConfig:
     """The architecture that a Hugging Face `config.json` describes: a directory holding one, the file, or its content.
+    The name of a published size (`"qwen3-0.6b"`) stands for its file.
 
     ValueError names an unknown `model_type` (with those known), a missing or mistyped key, a value that is not
     implemented, and every key that would change the model but is not understood.
     """
-    values = source if isinstance(source, Mapping) else _read_file(Path(source))
+    values = source if isinstance(source, Mapping) else _read_named(source)
     model_type = values.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(f"model_type {model_type!r} is not known; known are {', '.join(sorted(FAMILIES))}")
-    quantization = values.get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
-        raise ValueError(
-            f"{model_type} config: weights quantized by {method!r} (quantization_config) cannot be read; "
-            "use a float32, float16 or bfloat16 checkpoint"
-        )
+    block_size(values)
+    # Weights are plain numbers once they are read, and are written as such.
+    values = {key: value for key, value in values.items() if key != "quantization_config"}
     keys = Keys(values)
     cfg = FAMILIES[model_type].read(keys)
     keys.finish()
-    return dataclasses.replace(cfg, source=dict(values))
+    return dataclasses.replace(cfg, source=values)
+
+
+def scale_blocks(directory: str | Path) -> tuple[int, int] | None:
+    """`quantization.block_size` of the checkpoint in a directory."""
+    return block_size(_read_file(Path(directory)))
 
 
 def names_of(cfg: ModelConfig) -> Names:
     """Where each weight of this architecture lives in its family's checkpoints."""
     return FAMILIES[cfg.family].names(cfg)
+
+
+def _read_named(source: str | Path) -> dict[str, Any]:
+    """The file at a path, or, for a bare name of nothing on disk, the config of that published size."""
+    path = Path(source)
+    is_name = isinstance(source, str) and path.name == source and path.suffix != ".json" and not path.exists()
+    return published_config(source) if is_name else _read_file(path)
 
 
 def _read_file(path: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from jaxformers.models.config import (
     LayerKind,
     LinearScaling,
     Llama3Scaling,
+    LongRopeScaling,
     ModelConfig,
     Rope,
     RopeScaling,
@@ -38,7 +39,8 @@ class Source:
 
     A linear layer on disk is [out, in] unless `transposed` is False; it is brought to [experts?, in, out], viewed as
     `view`, sliced [start:stop] along `axis`, and reshaped to the weight's spec. `{l}` in the name is the layer and
-    `{e}` an expert. The form is invertible, so export needs no second table.
+    `{e}` an expert. `shape` is that of the tensor where it does not follow from the weight's. The form is invertible,
+    so export needs no second table.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Source:
     start: int = 0
     stop: int | None = None
     transposed: bool = True
+    shape: tuple[int, ...] = ()
 
 
 NameTable = Mapping[str, str | Source]
@@ -93,6 +96,27 @@ def linears(prefix: str, **names: str) -> dict[str, str]:
     return entries | {f"{prefix}{ours}_b": f"{theirs}.bias" for ours, theirs in names.items()}
 
 
+def slices(name: str, view: tuple[int, ...], axis: int, parts: Mapping[str, int], **how: Any) -> dict[str, Source]:
+    """Table entries for weights that lie one after another along one axis of a fused tensor: each one's size there."""
+    table, start = {}, 0
+    for path, size in parts.items():
+        table[path] = Source(name, view, axis, start, start + size, **how)
+        start += size
+    return table
+
+
+def fused_gate_up(cfg: ModelConfig) -> dict[str, Source]:
+    """Gate and up of a dense layer in one tensor, gate first."""
+    return slices(f"{MLP}gate_up_proj.weight", (cfg.d_model, 2, cfg.d_ff), 1, {"ffn.gate": 1, "ffn.up": 1})
+
+
+def per_head_qkv(name: str, cfg: ModelConfig) -> dict[str, Source]:
+    """q, k and v of one head after another in one tensor (GPT-NeoX, BLOOM), with their bias."""
+    view = (cfg.num_heads, 3, cfg.head_dim)
+    weight = slices(f"{name}.weight", (cfg.d_model, *view), 2, {f"attn.{x}": 1 for x in "qkv"})
+    return weight | slices(f"{name}.bias", view, 1, {f"attn.{x}_b": 1 for x in "qkv"})
+
+
 LLAMA: dict[str, str | Source] = {
     "embed": "model.embed_tokens.weight",
     "lm_head": "lm_head.weight",
@@ -111,6 +135,9 @@ SANDWICH_NORMS = norms(
     ffn_norm=f"{LAYER}pre_feedforward_layernorm",
     ffn_post_norm=f"{LAYER}post_feedforward_layernorm",
 )
+POST_NORMS = norms(
+    attn_post_norm=f"{LAYER}post_attention_layernorm", ffn_post_norm=f"{LAYER}post_feedforward_layernorm"
+)
 EXPERTS: dict[str, str | Source] = {
     "ffn.router": f"{MLP}gate.weight",
     "ffn.select_b": f"{MLP}gate.e_score_correction_bias",
@@ -119,8 +146,56 @@ EXPERTS: dict[str, str | Source] = {
 }
 
 
+MIXTRAL_EXPERTS: dict[str, str | Source] = {
+    "ffn.router": f"{LAYER}block_sparse_moe.gate.weight",
+    "ffn.select_b": f"{LAYER}block_sparse_moe.e_score_correction_bias",
+    **{
+        f"ffn.{ours}": f"{LAYER}block_sparse_moe.experts.{{e}}.{theirs}.weight"
+        for ours, theirs in (("gate", "w1"), ("down", "w2"), ("up", "w3"))
+    },
+}
+
+
 def llama_names(_cfg: ModelConfig) -> Names:
     return Names(LLAMA, ignored=(r"\.rotary_emb\.inv_freq$",))
+
+
+def moe_names(_cfg: ModelConfig) -> Names:
+    """Llama's names, with experts as DeepSeek and Qwen write them; multi-token-prediction layers are left out."""
+    return Names(LLAMA, moe=EXPERTS)
+
+
+def even_heads(c: Keys, width: str, heads: str) -> int:
+    """The width of a head where the hidden size is split evenly over the heads. Arguments are the two keys."""
+    if c.integer(width) % c.integer(heads):
+        raise c.error(width, c.integer(width), f"a multiple of {heads} ({c.integer(heads)})")
+    return c.integer(width) // c.integer(heads)
+
+
+def gpt_config(
+    c: Keys, *, width: str = "n_embd", heads: str = "n_head", layers: str = "n_layer", **values: Any
+) -> ModelConfig:
+    """The GPT line: layer norms with bias, a plain feed-forward network four times as wide, tied embeddings."""
+    d, h, n = c.integer(width), c.integer(heads), even_heads(c, width, heads)
+    kind = LayerKind(rope=values.pop("rope", None))
+    defaults = {
+        "family": c.model_type,
+        "vocab_size": c.integer("vocab_size"),
+        "d_model": d,
+        "d_ff": 4 * d,
+        "num_heads": h,
+        "num_kv_heads": h,
+        "head_dim": n,
+        "layers": (kind,) * c.integer(layers),
+        "norm": "layer",
+        "norm_bias": True,
+        "gated": False,
+    }
+    if "norm_eps" not in values:
+        defaults["norm_eps"] = c.number("layer_norm_epsilon", 1e-5)
+    if "tie_embeddings" not in values:
+        defaults["tie_embeddings"] = c.flag("tie_word_embeddings", True)
+    return ModelConfig(**(defaults | values))
 
 
 def head_dim(c: Keys, default: int | None = None) -> int:
@@ -147,9 +222,10 @@ def llama_config(c: Keys, **values: Any) -> ModelConfig:
         "d_ff": c.integer("intermediate_size"),
         "num_heads": heads,
         "num_kv_heads": kv_heads,
-        "context_length": c.integer("max_position_embeddings"),
         "norm_eps": c.number("rms_norm_eps", 1e-6),
     }
+    if "context_length" not in values:
+        defaults["context_length"] = c.integer("max_position_embeddings")
     if "head_dim" not in values:
         defaults["head_dim"] = head_dim(c)
     if "activation" not in values:
@@ -157,6 +233,14 @@ def llama_config(c: Keys, **values: Any) -> ModelConfig:
     if "tie_embeddings" not in values:
         defaults["tie_embeddings"] = c.flag("tie_word_embeddings", False)
     return ModelConfig(**(defaults | values))
+
+
+def llama_attention(c: Keys) -> dict[str, Any]:
+    """What many types read as Llama does: one switch for the biases of all four projections, and as many kv heads as
+    heads where the file names none, as the first Llama's do not."""
+    bias = c.flag("attention_bias", False)
+    kv_heads = c.integer("num_key_value_heads", c.integer("num_attention_heads"))
+    return {"num_kv_heads": kv_heads, "qkv_bias": bias, "o_bias": bias}
 
 
 def experts(c: Keys, key: str) -> dict[str, int]:
@@ -183,9 +267,27 @@ def layer_types(c: Keys, default: Callable[[int], str]) -> list[str]:
     return types
 
 
-def rope(c: Keys, dim: int, *, layer_type: str | None = None, interleaved: bool = False, theta: float = 1e4) -> Rope:
+def typed_layers(
+    c: Keys, default: Callable[[int], str], window: int | None, turn: Rope | None, **kind: Any
+) -> tuple[LayerKind, ...]:
+    """`layer_types` with a window on the sliding layers, and the same rope on all."""
+    return tuple(
+        LayerKind(window=window if t == "sliding_attention" else None, rope=turn, **kind)
+        for t in layer_types(c, default)
+    )
+
+
+def rope(
+    c: Keys,
+    dim: int,
+    *,
+    layer_type: str | None = None,
+    interleaved: bool = False,
+    theta: float = 1e4,
+    fraction: float = 1.0,
+) -> Rope:
     """Rotary settings from either spelling: `rope_parameters` (possibly one a layer type), or `rope_theta` with
-    `rope_scaling`."""
+    `rope_scaling`. theta and fraction (of the head that is rotated) are the family's defaults."""
     table = c.table("rope_parameters", {})
     if layer_type is not None and isinstance(table.get(layer_type), Mapping):
         table = table[layer_type]
@@ -195,18 +297,24 @@ def rope(c: Keys, dim: int, *, layer_type: str | None = None, interleaved: bool 
     old_theta, old_fraction = c.number("rope_theta", None), c.number("partial_rotary_factor", None)
     values = Keys({**old, **table, "model_type": f"{c.model_type} rope"})
     base = values.number("rope_theta", theta if old_theta is None else old_theta)
-    fraction = values.number("partial_rotary_factor", 1.0 if old_fraction is None else old_fraction)
-    scaling = rope_scaling(values, c.integer("max_position_embeddings"))
+    fraction = values.number("partial_rotary_factor", fraction if old_fraction is None else old_fraction)
+    context = c.integer("max_position_embeddings")
+    scaling = rope_scaling(values, context, c.integer("original_max_position_embeddings", None))
     values.finish()
     return Rope(int(dim * fraction) // 2 * 2, base, interleaved, scaling)
 
 
-def rope_scaling(c: Keys, context: int) -> RopeScaling | None:
-    """The scaling that `rope_type` (or the older `type`) names. `context` is `max_position_embeddings`."""
-    kind, original = (
+def rope_scaling(c: Keys, context: int, outer: int | None = None) -> RopeScaling | None:
+    """The scaling that `rope_type` (or the older `type`) names.
+
+    context: `max_position_embeddings`. outer: `original_max_position_embeddings` where the file has it outside of the
+    rope's settings, and then it counts.
+    """
+    kind, inner = (
         c.text("rope_type", c.text("type", "default")),
         c.integer("original_max_position_embeddings", context),
     )
+    original = inner if outer is None else outer
     match kind:
         case "default":
             return None
@@ -219,7 +327,20 @@ def rope_scaling(c: Keys, context: int) -> RopeScaling | None:
             return Llama3Scaling(c.number("factor"), original, low, high)
         case "yarn":
             return _yarn(c, original)
-    raise c.error("rope_type", kind, "one of default, dynamic, linear, llama3, yarn")
+        case "longrope" | "su":
+            return _longrope(c, context, original)
+        case "telechat3-yarn":
+            return _yarn(c, original, growth=0.7)
+    raise c.error("rope_type", kind, "one of default, dynamic, linear, llama3, longrope, telechat3-yarn, yarn")
+
+
+def _longrope(c: Keys, context: int, original: int) -> LongRopeScaling:
+    short, long = (tuple(float(x) for x in c.sequence(f"{name}_factor")) for name in ("short", "long"))
+    if len(short) != len(long):
+        raise c.error("long_factor", list(long), f"of the length of short_factor ({len(short)})")
+    growth = c.number("factor", context / original)
+    factor = c.number("attention_factor", math.sqrt(1 + math.log(growth) / math.log(original)) if growth > 1 else 1.0)
+    return LongRopeScaling(short, long, original, c.number("short_mscale", factor), c.number("long_mscale", factor))
 
 
 def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
@@ -227,12 +348,12 @@ def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def _yarn(c: Keys, original: int) -> YarnScaling:
+def _yarn(c: Keys, original: int, *, growth: float = 1.0) -> YarnScaling:
     factor, mscale, mscale_all = c.number("factor"), c.number("mscale", None), c.number("mscale_all_dim", None)
     if mscale and mscale_all:
         grown = yarn_mscale(factor, mscale) / yarn_mscale(factor, mscale_all)
     else:
-        grown = yarn_mscale(factor)
+        grown = yarn_mscale(factor, growth)
     return YarnScaling(
         factor,
         original,

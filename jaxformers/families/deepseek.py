@@ -1,31 +1,46 @@
-"""DeepSeek-V3: latent attention, sigmoid routing limited to groups of experts, a bias that only selects."""
+"""DeepSeek-V2 and V3: latent attention, routing limited to groups of experts; in V3 a bias that only selects."""
 
-from jaxformers.families.common import (
-    ATTN,
-    EXPERTS,
-    LLAMA,
-    Family,
-    Names,
-    Source,
-    experts,
-    llama_config,
-    rope,
-    yarn_mscale,
-)
+from jaxformers.families import common as fam
 from jaxformers.families.keys import Keys
 from jaxformers.models.config import MLA, LayerKind, ModelConfig, MoE, YarnScaling
 
 
 def read_deepseek_v3(c: Keys) -> ModelConfig:
-    for key, only in (
-        ("scoring_func", "sigmoid"),
-        ("topk_method", "noaux_tc"),
-        ("moe_layer_freq", 1),
-        ("attention_bias", False),
-    ):
-        c.expect(key, only)
+    c.expect("scoring_func", "sigmoid")
+    c.expect("topk_method", "noaux_tc")
+    return _deepseek(c, c.integer("q_lora_rank", null=None), c.flag("rope_interleave", True), deepseek_moe(c))
+
+
+def read_deepseek_v2(c: Keys) -> ModelConfig:
+    c.expect("scoring_func", "softmax")
+    c.expect("norm_topk_prob", False)  # never read by the reference implementation
+    c.expect("mlp_bias", False)
+    width, method = c.integer("moe_intermediate_size"), c.choice("topk_method", METHODS, "greedy")
+    # The group keys are in files that do not use them, too.
+    groups = _groups(c) if method == "groups" else {}
+    c.integer("n_group", None), c.integer("topk_group", None)
+    moe = MoE(
+        **fam.experts(c, "n_routed_experts"),
+        **groups,
+        d_ff=width,
+        normalize=False,
+        scale=c.number("routed_scaling_factor", 1.0),
+        shared_d_ff=width * c.integer("n_shared_experts", 2, minimum=0),
+    )
+    # The file's width of a head is that of its attention's input, which latent attention does not have.
+    c.integer("head_dim", None)
+    c.values = {key: value for key, value in c.values.items() if key != "head_dim"}
+    return _deepseek(c, c.integer("q_lora_rank", 1536, null=None), True, moe)
+
+
+METHODS = {"greedy": "all", "group_limited_greedy": "groups"}
+
+
+def _deepseek(c: Keys, q_rank: int | None, interleaved: bool, moe: MoE) -> ModelConfig:
+    c.expect("moe_layer_freq", 1)
+    c.expect("attention_bias", False)
     mla = MLA(
-        q_rank=c.integer("q_lora_rank", null=None),
+        q_rank=q_rank,
         kv_rank=c.integer("kv_lora_rank"),
         nope_dim=c.integer("qk_nope_head_dim"),
         rope_dim=c.integer("qk_rope_head_dim"),
@@ -34,31 +49,32 @@ def read_deepseek_v3(c: Keys) -> ModelConfig:
     # These repeat what the parts above say.
     c.expect("head_dim", mla.rope_dim)
     c.expect("qk_head_dim", mla.nope_dim + mla.rope_dim)
-    turn = rope(c, mla.rope_dim, interleaved=c.flag("rope_interleave", True))
+    turn = fam.rope(c, mla.rope_dim, interleaved=interleaved)
     first = c.integer("first_k_dense_replace", minimum=0)
     layers = tuple(
         LayerKind(mixer="mla", ffn="dense" if i < first else "moe", rope=turn)
         for i in range(c.integer("num_hidden_layers"))
     )
-    return llama_config(
+    return fam.llama_config(
         c,
         layers=layers,
         mla=mla,
-        moe=_moe(c),
+        moe=moe,
         head_dim=mla.nope_dim + mla.rope_dim,
         attn_scale=_scale(c, mla, turn.scaling),
     )
 
 
-def _moe(c: Keys) -> MoE:
+def deepseek_moe(c: Keys) -> MoE:
+    """DeepSeek-V3's routing, under its keys."""
     width, groups = c.integer("moe_intermediate_size"), _groups(c)
     return MoE(
-        **experts(c, "n_routed_experts"),
+        **fam.experts(c, "n_routed_experts"),
         **groups,
         d_ff=width,
         score="sigmoid",
         normalize=c.flag("norm_topk_prob", True),
-        scale=c.number("routed_scaling_factor"),
+        scale=c.number("routed_scaling_factor", 1.0),
         select_bias=True,
         group_score="top2",
         shared_d_ff=width * c.integer("n_shared_experts", null=0, minimum=0),
@@ -82,28 +98,31 @@ def _scale(c: Keys, mla: MLA, scaling: object) -> float:
     scale = (mla.nope_dim + mla.rope_dim) ** -0.5
     values = c.table("rope_parameters", None) or c.table("rope_scaling", None) or {}
     if isinstance(scaling, YarnScaling) and values.get("mscale_all_dim"):
-        scale *= yarn_mscale(scaling.factor, values["mscale_all_dim"]) ** 2
+        scale *= fam.yarn_mscale(scaling.factor, values["mscale_all_dim"]) ** 2
     return scale
 
 
-def deepseek_names(cfg: ModelConfig) -> Names:
+def deepseek_names(cfg: ModelConfig) -> fam.Names:
     m = cfg.mla
     assert m is not None
-    kv_a, kv_b = f"{ATTN}kv_a_proj_with_mqa.weight", f"{ATTN}kv_b_proj.weight"
+    kv_a, kv_b = f"{fam.ATTN}kv_a_proj_with_mqa.weight", f"{fam.ATTN}kv_b_proj.weight"
     compress, expand = (cfg.d_model, m.kv_rank + m.rope_dim), (m.kv_rank, cfg.num_heads, m.nope_dim + m.v_dim)
-    table = LLAMA | {
-        "attn.q_a": f"{ATTN}q_a_proj.weight",
-        "attn.q_norm.w": f"{ATTN}q_a_layernorm.weight",
-        "attn.q_b": f"{ATTN}q_b_proj.weight",
-        "attn.kv_norm.w": f"{ATTN}kv_a_layernorm.weight",
-        "attn.kv_a": Source(kv_a, compress, 1, 0, m.kv_rank),
-        "attn.k_rope": Source(kv_a, compress, 1, m.kv_rank, m.kv_rank + m.rope_dim),
-        "attn.k_b": Source(kv_b, expand, 2, 0, m.nope_dim),
-        "attn.v_b": Source(kv_b, expand, 2, m.nope_dim, m.nope_dim + m.v_dim),
+    table = fam.LLAMA | {
+        "attn.q_a": f"{fam.ATTN}q_a_proj.weight",
+        "attn.q_norm.w": f"{fam.ATTN}q_a_layernorm.weight",
+        "attn.q_b": f"{fam.ATTN}q_b_proj.weight",
+        "attn.kv_norm.w": f"{fam.ATTN}kv_a_layernorm.weight",
+        "attn.kv_a": fam.Source(kv_a, compress, 1, 0, m.kv_rank),
+        "attn.k_rope": fam.Source(kv_a, compress, 1, m.kv_rank, m.kv_rank + m.rope_dim),
+        "attn.k_b": fam.Source(kv_b, expand, 2, 0, m.nope_dim),
+        "attn.v_b": fam.Source(kv_b, expand, 2, m.nope_dim, m.nope_dim + m.v_dim),
     }
     # Multi-token-prediction modules sit behind the last layer; they predict further tokens and are not part of the
     # decoder.
-    return Names(table, moe=EXPERTS, ignored=(rf"^model\.layers\.{cfg.num_layers}\.",))
+    return fam.Names(table, moe=fam.EXPERTS, ignored=(rf"^model\.layers\.{cfg.num_layers}\.",))
 
 
-FAMILIES = {"deepseek_v3": Family(read_deepseek_v3, deepseek_names)}
+FAMILIES = {
+    "deepseek_v2": fam.Family(read_deepseek_v2, deepseek_names),
+    "deepseek_v3": fam.Family(read_deepseek_v3, deepseek_names),
+}

@@ -16,7 +16,9 @@ IRRELEVANT = frozenset(
     router_jitter_noise aux_loss_alpha seq_aux summary_type summary_use_proj summary_activation
     summary_proj_to_labels summary_first_dropout task_specific_params tokenizer_class unsloth_version unsloth_fixed
     cache_implementation _attn_implementation ep_size num_nextn_predict_layers reorder_and_upcast_attn
-    gradient_checkpointing
+    gradient_checkpointing residual_dropout embedding_dropout classifier_dropout dropout layerdrop init_std emb_pdrop
+    attention_softmax_in_fp32 scale_attention_softmax_in_fp32 slow_but_exact init_device eod_token_id sep_token_id
+    im_start_id im_end_id text_start_id text_end_id input_jitter_noise _from_model_config
     """.split()
 )
 # Keys that change what is computed unless they hold this value.
@@ -79,6 +81,10 @@ class Keys:
         value = self.values.get(key)
         if value is not None and value not in allowed:
             raise self.error(key, value, " or ".join(repr(a) for a in allowed))
+
+    def skip(self, *keys: str) -> None:
+        """Marks keys of this family that change nothing of what is computed."""
+        self._read.update(keys)
 
     def error(self, key: str, value: Any, allowed: str) -> ValueError:
         return ValueError(f"{self.model_type} config: {key} is {value!r}; it must be {allowed}")

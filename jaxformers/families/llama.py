@@ -1,52 +1,42 @@
-"""Llama and the types that differ from it by windows or experts: mistral, mixtral."""
+"""Llama, and types that are Llama under another name or with other biases."""
 
-from jaxformers.families.common import (
-    LAYER,
-    LLAMA,
-    Family,
-    Names,
-    experts,
-    head_dim,
-    llama_config,
-    llama_names,
-    rope,
-    uniform_layers,
-)
+from jaxformers.families import common as fam
 from jaxformers.families.keys import Keys
-from jaxformers.models.config import ModelConfig, MoE
+from jaxformers.models.config import ModelConfig
 
 
 def read_llama(c: Keys) -> ModelConfig:
-    bias = c.flag("attention_bias", False)
-    layers = uniform_layers(c, rope=rope(c, head_dim(c)))
-    # The first Llama had no groups, and its files lack the key.
-    kv_heads = c.integer("num_key_value_heads", c.integer("num_attention_heads"))
-    mlp_bias = c.flag("mlp_bias", False)
-    return llama_config(c, layers=layers, num_kv_heads=kv_heads, qkv_bias=bias, o_bias=bias, mlp_bias=mlp_bias)
+    layers, mlp_bias = fam.uniform_layers(c, rope=fam.rope(c, fam.head_dim(c))), c.flag("mlp_bias", False)
+    return fam.llama_config(c, layers=layers, mlp_bias=mlp_bias, **fam.llama_attention(c))
 
 
-def read_mistral(c: Keys) -> ModelConfig:
-    window = c.integer("sliding_window", 4096, null=None)
-    return llama_config(c, layers=uniform_layers(c, window=window, rope=rope(c, head_dim(c))))
+def read_arcee(c: Keys) -> ModelConfig:
+    return fam.llama_config(
+        c,
+        layers=fam.uniform_layers(c, rope=fam.rope(c, fam.head_dim(c))),
+        **fam.llama_attention(c),
+        gated=False,
+        activation=c.choice("hidden_act", {"relu2": "relu2"}, "relu2"),
+        norm_eps=c.number("rms_norm_eps", 1e-5),
+        mlp_bias=c.flag("mlp_bias", False),
+    )
 
 
-def read_mixtral(c: Keys) -> ModelConfig:
-    window = c.integer("sliding_window", None)
-    layers = uniform_layers(c, ffn="moe", window=window, rope=rope(c, head_dim(c), theta=1e6))
-    moe = MoE(**experts(c, "num_local_experts"), d_ff=c.integer("intermediate_size"))
-    return llama_config(c, layers=layers, moe=moe, norm_eps=c.number("rms_norm_eps", 1e-5))
-
-
-def mixtral_names(_cfg: ModelConfig) -> Names:
-    prefix = f"{LAYER}block_sparse_moe."
-    experts = {
-        f"ffn.{ours}": f"{prefix}experts.{{e}}.{w}.weight" for ours, w in (("gate", "w1"), ("down", "w2"), ("up", "w3"))
-    }
-    return Names(LLAMA, moe={"ffn.router": f"{prefix}gate.weight", **experts})
+def read_seed_oss(c: Keys) -> ModelConfig:
+    size, bias = fam.head_dim(c, 128), c.flag("attention_bias", True)
+    return fam.llama_config(
+        c,
+        layers=fam.uniform_layers(c, rope=fam.rope(c, size)),
+        head_dim=size,
+        num_kv_heads=c.integer("num_key_value_heads", 8, null=c.integer("num_attention_heads")),
+        qkv_bias=bias,
+        o_bias=c.flag("attention_out_bias", False),
+        mlp_bias=c.flag("mlp_bias", False),
+    )
 
 
 FAMILIES = {
-    "llama": Family(read_llama, llama_names),
-    "mistral": Family(read_mistral, llama_names),
-    "mixtral": Family(read_mixtral, mixtral_names),
+    "llama": fam.Family(read_llama, fam.llama_names),
+    "arcee": fam.Family(read_arcee, fam.llama_names),
+    "seed_oss": fam.Family(read_seed_oss, fam.llama_names),
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -17,8 +17,9 @@ import numpy as np
 
 from jaxformers.families import names_of
 from jaxformers.families.common import Names
+from jaxformers.hub.copying import Copying, empty_aligned
 from jaxformers.hub.layout import LeafPath, Part, parts
-from jaxformers.hub.safetensors import Deferred
+from jaxformers.hub.safetensors import ArrayLike, Deferred, release
 from jaxformers.models.config import ModelConfig
 from jaxformers.models.params import Params, model_spec
 
@@ -27,13 +28,12 @@ FLOATS = (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)
 
 
 def import_params(
-    cfg: ModelConfig, tensors: Mapping[str, np.ndarray], *, shardings: Any = None, dtype: Any = None
+    cfg: ModelConfig, tensors: Mapping[str, ArrayLike], *, shardings: Any = None, dtype: Any = None
 ) -> Params:
     """The parameters that a checkpoint holds.
 
-    tensors: whole arrays by name, memory-mapped or made when asked for (`Deferred`). shardings: a tree like the
-    parameters, or one sharding, or None for the default device. dtype: of every parameter; None keeps what each tensor
-    has.
+    tensors: whole arrays by name, memory-mapped or made when their turn comes. shardings: a tree like the parameters,
+    or one sharding, or None for the default device. dtype: of every parameter; None keeps what each tensor has.
 
     ValueError lists every missing, unplaced and misshapen tensor, and refuses tensors that are not floating point.
     """
@@ -61,7 +61,7 @@ def _per_leaf(shardings: Any, count: int) -> list[jax.sharding.Sharding]:
 def _load(
     leaf_parts: list[Part],
     shape: tuple[int, ...],
-    tensors: Mapping[str, np.ndarray],
+    tensors: Mapping[str, ArrayLike],
     place: jax.sharding.Sharding,
     dtype: Any,
 ) -> jax.Array:
@@ -73,16 +73,19 @@ def _load(
 
     def read(where: tuple[slice, ...]) -> np.ndarray:
         ranges = [range(*s.indices(size)) for s, size in zip(where, shape, strict=True)]
-        out = np.empty([len(r) for r in ranges], dtype)
-        for position in np.ndindex(*out.shape[:leading]):
-            part = by_index[tuple(r[i] for r, i in zip(ranges, position, strict=False))]
-            out[position] = part.from_disk(np.asarray(tensors[part.source.name]))[tuple(where[leading:])]
+        out = empty_aligned(tuple(map(len, ranges)), dtype)
+        with Copying(release) as copying:
+            for position in np.ndindex(*out.shape[:leading]):
+                part = by_index[tuple(r[i] for r, i in zip(ranges, position, strict=False))]
+                tensor = tensors[part.source.name]
+                whole = tensor if isinstance(tensor, np.ndarray) else tensor.__array__(dtype)
+                copying.add(out[(*position, ...)], part.from_disk(whole)[(*where[leading:], ...)])
         return out
 
     return jax.make_array_from_callback(shape, place, read)
 
 
-def _with_prefix(tensors: Mapping[str, np.ndarray], plan: list[Part]) -> Mapping[str, np.ndarray]:
+def _with_prefix(tensors: Mapping[str, ArrayLike], plan: list[Part]) -> Mapping[str, ArrayLike]:
     """The tensors under full names. Checkpoints of a bare base model leave out its name (`transformer.`, `model.`)."""
     prefix = plan[0].source.name.split(".")[0] + "."
     wanted = {part.source.name for part in plan if part.source.name.startswith(prefix)}
@@ -91,7 +94,7 @@ def _with_prefix(tensors: Mapping[str, np.ndarray], plan: list[Part]) -> Mapping
     return {prefix + name if prefix + name in wanted else name: tensor for name, tensor in tensors.items()}
 
 
-def _check(cfg: ModelConfig, plan: list[Part], tensors: Mapping[str, np.ndarray]) -> None:
+def _check(cfg: ModelConfig, plan: list[Part], tensors: Mapping[str, ArrayLike]) -> None:
     names = names_of(cfg)
     shapes = {part.source.name: part.disk_shape() for part in plan}
     ignored = [re.compile(pattern) for pattern in names.ignored]
@@ -115,7 +118,7 @@ def _check(cfg: ModelConfig, plan: list[Part], tensors: Mapping[str, np.ndarray]
         raise ValueError(f"the checkpoint does not fit {cfg.family}: " + "; ".join(p for p in problems if p))
 
 
-def _untied(names: Names, tied: set[str], tensors: Mapping[str, np.ndarray]) -> list[str]:
+def _untied(names: Names, tied: set[str], tensors: Mapping[str, ArrayLike]) -> list[str]:
     """The tied head where it is no copy of the embedding: some fine-tunings train one and leave the flag as it was."""
     embedding = names.source("embed", None).name
     both = [n for n in tied if n in tensors and embedding in tensors]
@@ -144,7 +147,26 @@ def _deferred(group: list[Part], leaves: Mapping[LeafPath, jax.Array], dtype: An
     def assemble() -> np.ndarray:
         tensor = np.empty(shape, dtype)
         for part in group:
-            part.to_disk(tensor, np.asarray(leaves[part.path][part.index]).astype(dtype))
+            entry = part.from_disk(tensor)
+            with Copying() as copying:
+                for where, piece in _pieces(leaves[part.path], part.index):
+                    copying.add(entry[where], piece)
+            if not np.may_share_memory(entry, tensor):  # no strides express it
+                part.to_disk(tensor, entry)
         return tensor
 
     return Deferred(shape, dtype, assemble)
+
+
+def _pieces(leaf: jax.Array | np.ndarray, index: tuple[int, ...]) -> Iterator[tuple[tuple[Any, ...], np.ndarray]]:
+    """The pieces of `leaf[index]` that devices hold, and where in it they belong; it is nowhere put together."""
+    if isinstance(leaf, np.ndarray):
+        yield (...,), leaf[(*index, ...)]
+        return
+    assert leaf.is_fully_addressable
+    for shard in leaf.addressable_shards:
+        held = [range(*s.indices(size)) for s, size in zip(shard.index, leaf.shape, strict=True)]
+        if shard.replica_id == 0 and all(i in here for i, here in zip(index, held, strict=False)):
+            local = tuple(i - here.start for i, here in zip(index, held, strict=False))
+            piece = shard.data[local] if local else shard.data
+            yield (*shard.index[len(index) :], ...), np.asarray(piece)

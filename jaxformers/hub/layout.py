@@ -34,6 +34,8 @@ class Part:
 
     def disk_shape(self) -> tuple[int, ...]:
         """Shape of the whole tensor in the checkpoint."""
+        if self.source.shape:
+            return self.source.shape
         full, batch = self.source.view or self.spec.shape, self.spec.num_batch
         if self.spec.n_in:
             # A view keeps the inputs in one dim; a spec may have them in several.
@@ -60,7 +62,9 @@ class Part:
         place = tensor.reshape(self.source.view or self.spec.shape, copy=False)[self._slice()]
         place[...] = entry.reshape(place.shape)
 
-    def _slice(self) -> tuple[slice, ...]:
+    def _slice(self) -> tuple[Any, ...]:
+        if not (self.source.view or self.spec.shape):
+            return (...,)  # a scalar has no axis to slice
         return (slice(None),) * self.source.axis + (slice(self.source.start, self.source.stop),)
 
 

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from jaxformers.families import read_config
 from jaxformers.hub.convert import export_tensors, import_params
-from jaxformers.hub.safetensors import Deferred, open_tensors, write_tensors
+from jaxformers.hub.fp8 import open_weights
+from jaxformers.hub.safetensors import Deferred, write_tensors
 from jaxformers.models.config import ModelConfig
 from jaxformers.models.params import Params
 
@@ -35,7 +36,7 @@ def read_pretrained(directory: str | Path, *, shardings: Any = None, dtype: Any 
     directory = Path(directory)
     cfg = read_config(directory)
     places = shardings(cfg) if callable(shardings) else shardings
-    params = import_params(cfg, open_tensors(directory), shardings=places, dtype=dtype)
+    params = import_params(cfg, open_weights(directory), shardings=places, dtype=dtype)
     return Pretrained(cfg, params, read_generation_config(directory))
 
 

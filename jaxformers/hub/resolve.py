@@ -11,6 +11,8 @@ import re
 from pathlib import Path
 from typing import Literal
 
+from jaxformers.families.catalog import nearest_published, published
+
 Kind = Literal["huggingface", "run", "checkpoint", "safetensors", "gguf"]
 
 # One format of weights, no pickles, and everything small that configures a model or its tokenizer.
@@ -38,8 +40,21 @@ def resolve(ref: str | Path) -> Path:
         raise ValueError(f"{text}: no such file or directory")
     match = HUB_ID.fullmatch(text)
     if match is None:
-        raise ValueError(f"{text!r} is neither an existing path nor a hub id (ORG/NAME or ORG/NAME@REVISION)")
+        raise ValueError(
+            f"{text!r} is neither an existing path nor a hub id (ORG/NAME or ORG/NAME@REVISION){_hint(text)}"
+        )
     return _download(match["repository"], match["revision"])
+
+
+def _hint(text: str) -> str:
+    """What a bare name may have meant: published sizes have names without weights."""
+    entry = published().get(text)
+    if entry is not None:
+        return (
+            f"; the weights of {text} are {entry.hub_id}" if entry.hub_id else f"; no weights of {text} are published"
+        )
+    near = nearest_published(text)
+    return f"; did you mean the published size {near!r}?" if near else ""
 
 
 def classify(path: str | Path) -> Kind:

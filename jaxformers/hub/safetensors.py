@@ -21,6 +21,7 @@ from typing import IO, Any, Protocol
 
 import ml_dtypes
 import numpy as np
+from numpy.lib.array_utils import byte_bounds
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -67,15 +68,17 @@ class ArrayLike(Protocol):
 
 @dataclass(frozen=True)
 class Deferred:
-    """An array that does not exist yet: `load` makes it when its turn to be written comes, and only then."""
+    """An array that does not exist yet: `load` makes it when its turn comes, and only then.
+
+    dtype is the one it has unless another is asked for; `load` may give a wider one.
+    """
 
     shape: tuple[int, ...]
     dtype: Any
     load: Callable[[], np.ndarray]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        assert dtype is None or np.dtype(dtype) == np.dtype(self.dtype)
-        return np.asarray(self.load())
+        return np.asarray(self.load()).astype(dtype or self.dtype, copy=False)
 
 
 def open_tensors(path: str | Path) -> dict[str, np.ndarray]:
@@ -96,6 +99,22 @@ def open_tensors(path: str | Path) -> dict[str, np.ndarray]:
     if (path / INDEX_FILE).is_file():
         return _open_shards(path)
     raise ValueError(_nothing_to_read(path))
+
+
+def release(view: np.ndarray) -> None:
+    """Lets go of the memory that reading a view of `open_tensors` took; other arrays are left alone.
+
+    What is read again comes from the file again, so a model may be loaded that leaves no room for its files.
+    """
+    base: Any = view
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if not isinstance(base, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED") or not view.nbytes:
+        return
+    lowest, highest = byte_bounds(view)
+    start = np.frombuffer(base, np.uint8, 1).ctypes.data
+    first_page = (lowest - start) // mmap.PAGESIZE * mmap.PAGESIZE
+    base.madvise(mmap.MADV_DONTNEED, first_page, highest - start - first_page)
 
 
 def _nothing_to_read(directory: Path) -> str:

@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxformers.models.cache import LayerCache, write
-from jaxformers.models.config import LayerKind, ModelConfig
+from jaxformers.models.config import LayerKind, ModelConfig, QueryGrowth
 from jaxformers.models.context import Context
 from jaxformers.models.layers import norm, softcap
 from jaxformers.models.masks import Visibility
 from jaxformers.models.params import Params
 from jaxformers.models.rope import rotate
-from jaxformers.models.weights import linear
+from jaxformers.models.weights import linear, lookup
 
 MASKED = float(jnp.finfo(jnp.float32).min)
 
@@ -31,7 +31,7 @@ class Scores:
     scale: float
     window: int | None = None
     softcap: float | None = None
-    alibi: bool = False  # linear biases by distance (arXiv:2108.12409)
+    alibi: float = 0.0  # multiplies slopes of linear biases by distance (arXiv:2108.12409)
 
 
 def alibi_slopes(num_heads: int) -> np.ndarray:
@@ -90,7 +90,7 @@ def _unnormalized(
     _, kv_heads, groups, _, _ = logits.shape
     logits = softcap(logits * scores.scale, scores.softcap)
     if scores.alibi:
-        slopes = alibi_slopes(kv_heads * groups).reshape(kv_heads, groups, 1, 1)
+        slopes = scores.alibi * alibi_slopes(kv_heads * groups).reshape(kv_heads, groups, 1, 1)
         logits -= slopes * visible.distance()[:, None, None].astype(jnp.float32)
     logits = jnp.where(visible.mask(scores.window)[:, None, None], logits, MASKED)
     top = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
@@ -109,10 +109,14 @@ def gqa(
     q, k, v = _project_qkv(p, x, ctx, cfg)
     if not cfg.qk_norm_after_rope:
         q, k = _qk_norm(p, q, k, cfg)
+    if cfg.qkv_clip is not None:
+        q, k, v = (jnp.clip(z, -cfg.qkv_clip, cfg.qkv_clip) for z in (q, k, v))
     if kind.rope is not None:
         q, k = rotate(q, kind.rope, ctx.rotations[kind.rope]), rotate(k, kind.rope, ctx.rotations[kind.rope])
     if cfg.qk_norm_after_rope:
         q, k = _qk_norm(p, q, k, cfg)
+    if cfg.query_growth is not None:
+        q = _grown(q, cfg.query_growth, ctx.positions)
     q = ctx.shard(q, "batch", "seq", "heads", None)
     k, v = ctx.shard(k, "batch", "seq", "kv_heads", None), ctx.shard(v, "batch", "seq", "kv_heads", None)
     visible = ctx.visible
@@ -120,9 +124,15 @@ def gqa(
         cache = write(cache, ctx.positions, k=k, v=v)
         k, v, visible = ctx.read(cache["k"]), ctx.read(cache["v"]), ctx.visible_in_cache(cache["k"])
     scale = cfg.head_dim**-0.5 if cfg.attn_scale is None else cfg.attn_scale
-    scores = Scores(scale, kind.window, cfg.attn_softcap, cfg.alibi)
+    scores = Scores(scale, kind.window, cfg.attn_softcap, cfg.alibi_scale if cfg.alibi else 0.0)
     y = ctx.attend(q, k, v, visible, scores, sinks=p.get("sinks"))
     return linear(ctx.save(y, "mixed"), p["o"], p.get("o_b"), n_in=2), cache
+
+
+def _grown(q: jax.Array, growth: QueryGrowth, positions: jax.Array) -> jax.Array:
+    """q [B, T, H, N] multiplied as its positions [B, T] say."""
+    factor = 1 + growth.beta * jnp.log1p((positions // growth.span).astype(jnp.float32))
+    return q * factor[:, :, None, None].astype(q.dtype)
 
 
 def _project_qkv(p: Params, x: jax.Array, ctx: Context, cfg: ModelConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -132,9 +142,9 @@ def _project_qkv(p: Params, x: jax.Array, ctx: Context, cfg: ModelConfig) -> tup
         fused = linear(x, p["qkv"], p.get("qkv_b")).reshape(*x.shape[:2], h + 2 * k, cfg.head_dim)
         parts = jnp.split(fused, [h, h + k], axis=2)
     else:
-        parts = [linear(x, p[name], p.get(f"{name}_b")) for name in "qkv"]
-    if cfg.qkv_clip is not None:
-        parts = [jnp.clip(part, -cfg.qkv_clip, cfg.qkv_clip) for part in parts]
+        asking = lookup(p["queries"], ctx.positions, dtype=x.dtype) if "queries" in p else x
+        sources = zip((asking, x, x), "qkv", strict=True)
+        parts = [linear(source, p[name], p.get(f"{name}_b")) for source, name in sources]
     query, key, value = (ctx.save(part, name) for part, name in zip(parts, "qkv", strict=True))
     return query, key, value
 

@@ -49,7 +49,19 @@ class YarnScaling:
     truncate: bool = True
 
 
-RopeScaling = LinearScaling | DynamicScaling | Llama3Scaling | YarnScaling
+@dataclass(frozen=True)
+class LongRopeScaling:
+    """LongRoPE (arXiv:2402.13753): a divisor for each rotated pair, `long` ones once a sequence passes
+    `original_positions` and `short` ones before, each with a factor that multiplies sin and cos."""
+
+    short: tuple[float, ...]
+    long: tuple[float, ...]
+    original_positions: int
+    short_factor: float
+    long_factor: float
+
+
+RopeScaling = LinearScaling | DynamicScaling | Llama3Scaling | YarnScaling | LongRopeScaling
 
 
 @dataclass(frozen=True)
@@ -57,20 +69,25 @@ class Rope:
     """Rotary embedding (arXiv:2104.09864) of one kind of layer.
 
     `dim` leading dims of each head are rotated and the rest pass through. `interleaved` pairs dims (0, 1), (2, 3), ...;
-    otherwise dim i is paired with dim i + dim / 2.
+    otherwise dim i is paired with dim i + dim / 2. `backward` turns by the negative angle.
     """
 
     dim: int
     theta: float = 10_000.0
     interleaved: bool = False
     scaling: RopeScaling | None = None
+    backward: bool = False
 
 
 @dataclass(frozen=True)
 class LayerKind:
-    """All that may differ between layers. Layers of equal kinds share one compiled body."""
+    """All that may differ between layers. Layers of equal kinds share one compiled body.
 
-    mixer: Literal["gqa", "mla"] = "gqa"
+    A `query` layer (PanGu-alpha, arXiv:2104.12369) is grouped-query attention whose queries are made from a table of
+    positions instead of the layer's input, over a residual that is normalised first.
+    """
+
+    mixer: Literal["gqa", "mla", "query"] = "gqa"
     ffn: Literal["dense", "moe"] = "dense"
     window: int | None = None  # keys visible behind each query, itself included; None = all
     rope: Rope | None = None
@@ -80,15 +97,17 @@ class LayerKind:
 class MoE:
     """A mixture of experts: how tokens choose experts, and how wide experts are.
 
-    `score` turns router logits into weights: softmax over all experts, sigmoid of each, or softmax over the chosen ones
-    only. `select_bias` is added to choose experts but not to weigh them (DeepSeek-V3, arXiv:2412.19437). With `groups`,
-    only experts of the best `top_groups` groups may be chosen.
+    `score` turns router logits into weights: softmax over all experts, sigmoid of each, softmax over the chosen ones
+    only, or the sparse mixer (arXiv:2409.12136), which weighs each of two experts by a softmax over those within
+    `jitter` of it. `select_bias` is added to choose experts but not to weigh them (DeepSeek-V3, arXiv:2412.19437).
+    With `groups`, only experts of the best `top_groups` groups may be chosen.
     """
 
     num_experts: int
     top_k: int
     d_ff: int
-    score: Literal["softmax", "sigmoid", "softmax_topk"] = "softmax"
+    score: Literal["softmax", "sigmoid", "softmax_topk", "sparse_mixer"] = "softmax"
+    jitter: float = 0.0
     normalize: bool = True
     scale: float = 1.0
     router_bias: bool = False
@@ -112,6 +131,15 @@ class MLA:
     rope_dim: int
     v_dim: int
     norm_eps: float = 1e-6  # of the norms between down- and up-projection, whatever the layers' norms have
+
+
+@dataclass(frozen=True)
+class QueryGrowth:
+    """Queries multiplied by 1 + beta ln(1 + floor(position / span)), so that attention stays sharp over long texts
+    (Llama 4)."""
+
+    beta: float
+    span: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +166,7 @@ class ModelConfig:
     norm_bias: bool = False
     norm_offset: float = 0.0  # Gemma stores w where the layer multiplies by 1 + w
     pre_norm: bool = True
+    final_norm: bool = True
     post_norm: bool = False  # each branch's output is normalised before the residual add
     parallel: bool = False  # attention and feed-forward read the same residual
     shared_norm: bool = False  # ... through the same norm
@@ -150,18 +179,22 @@ class ModelConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     lm_head_bias: bool = False
-    activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"] = "silu"
+    down_bias: bool = False  # TeleChat: of the feed-forward's projections, only the last has a bias
+    normalize_head: bool = False  # Baichuan 2: each row of the head is divided by its length
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "xielu"] = "silu"  # xielu has weights
     gated: bool = True
     tie_embeddings: bool = False
     # positions other than rope
     learned_positions: int = 0  # rows of the table; 0 = none
     position_offset: int = 0
     alibi: bool = False
+    alibi_scale: float = 1.0  # multiplies the slopes
     embed_norm: bool = False
     # scalars
     embed_scale: float = 1.0
     residual_scale: float = 1.0
     attn_scale: float | None = None  # None = head_dim ** -0.5
+    query_growth: QueryGrowth | None = None
     logit_scale: float = 1.0
     logit_softcap: float | None = None
     attn_softcap: float | None = None

@@ -16,15 +16,15 @@ from jaxformers.models.cache import Cache, LayerCache
 from jaxformers.models.config import LayerKind, ModelConfig, Stack, plan_stacks
 from jaxformers.models.context import Context
 from jaxformers.models.ffn import mlp, moe
-from jaxformers.models.layers import named_norm, norm, softcap
+from jaxformers.models.layers import named_norm, softcap
 from jaxformers.models.layout import unstack
 from jaxformers.models.params import Params, layer_spec, model_spec
 from jaxformers.models.rope import rotations
 from jaxformers.models.routing import MoEStats
 from jaxformers.models.runtime import Runtime
-from jaxformers.models.weights import linear, lookup, transposed_linear
+from jaxformers.models.weights import linear, lookup, output_lengths, transposed_linear
 
-MIXERS = {"gqa": gqa, "mla": mla}
+MIXERS = {"gqa": gqa, "mla": mla, "query": gqa}
 
 
 @flax.struct.dataclass
@@ -41,6 +41,7 @@ def block(
     p: Params, x: jax.Array, ctx: Context, cfg: ModelConfig, kind: LayerKind, cache: LayerCache | None
 ) -> tuple[jax.Array, LayerCache | None, MoEStats | None]:
     """One layer: x [B, T, D] -> [B, T, D]."""
+    x = named_norm(p, "entry_norm", x, cfg)
     normed = named_norm(p, "attn_norm", x, cfg)
     attended, cache = MIXERS[kind.mixer](p["attn"], normed, ctx, cfg, kind, cache)
     attended = cfg.residual_scale * named_norm(p, "attn_post_norm", attended, cfg)
@@ -67,11 +68,13 @@ def embed(params: Params, cfg: ModelConfig, tokens: jax.Array, positions: jax.Ar
 
 def unembed(params: Params, cfg: ModelConfig, x: jax.Array, runtime: Runtime) -> jax.Array:
     """Logits float32 [..., V] of hidden states x [..., D]: the final norm, the head, the scale and the soft cap."""
-    x = norm(params["final_norm"], x, cfg)
+    x = named_norm(params, "final_norm", x, cfg)
     if cfg.tie_embeddings:
         logits = transposed_linear(x, params["embed"])
     else:
         logits = linear(x, params["lm_head"], out_dtype=jnp.float32)
+    if cfg.normalize_head:
+        logits /= output_lengths(params["lm_head"])
     if cfg.lm_head_bias:
         logits += params["lm_head_b"].astype(jnp.float32)
     logits = runtime.shard(logits, "batch", *("seq",) * (logits.ndim - 2), "vocab")

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxformers.models.config import ModelConfig
 from jaxformers.models.context import Context
-from jaxformers.models.layers import ACTIVATIONS
+from jaxformers.models.layers import ACTIVATIONS, activate
 from jaxformers.models.params import Params
 from jaxformers.models.routing import MoEStats, route, routing_stats
 from jaxformers.models.weights import grouped_linear, linear
@@ -24,7 +24,7 @@ def mlp(p: Params, x: jax.Array, ctx: Context, cfg: ModelConfig) -> jax.Array:
         up = linear(x, p["up"], p.get("up_b"))
         gate = linear(x, p["gate"], p.get("gate_b")) if cfg.gated else None
     up = ctx.save(up, "up")
-    hidden = ACTIVATIONS[cfg.activation](up if gate is None else ctx.save(gate, "gate"))
+    hidden = activate(p, up if gate is None else ctx.save(gate, "gate"), cfg)
     if gate is not None:
         hidden *= up
     return linear(hidden, p["down"], p.get("down_b"))

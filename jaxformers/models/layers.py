@@ -41,6 +41,22 @@ def named_norm(params: Params, name: str, x: jax.Array, cfg: ModelConfig) -> jax
     return norm(params[name], x, cfg) if name in params else x
 
 
+def activate(p: Params, x: jax.Array, cfg: ModelConfig) -> jax.Array:
+    """x through the activation of a feed-forward network whose weights are p."""
+    return xielu(p["xielu"], x) if cfg.activation == "xielu" else ACTIVATIONS[cfg.activation](x)
+
+
+def xielu(p: Params, x: jax.Array) -> jax.Array:
+    """xIELU (arXiv:2411.13010): quadratic above zero and an integrated ELU below, with two learned curvatures.
+
+    beta and eps are constants that checkpoints carry; they are not trained.
+    """
+    beta, eps = (jax.lax.stop_gradient(p[name]).astype(x.dtype) for name in ("beta", "eps"))
+    above = jax.nn.softplus(p["alpha_p"].astype(x.dtype))
+    below = beta + jax.nn.softplus(p["alpha_n"].astype(x.dtype))
+    return beta * x + jnp.where(x > 0, above * x * x, below * (jnp.expm1(jnp.minimum(x, eps)) - x))
+
+
 def softcap(x: jax.Array, cap: float | None) -> jax.Array:
     """x squashed into (-cap, cap) by tanh; None leaves it alone."""
     return x if cap is None else cap * jnp.tanh(x / cap)

@@ -48,7 +48,7 @@ def stack(params: Params, cfg: ModelConfig) -> Params:
 def fuse_layer(p: Params) -> Params:
     """One layer with q, k, v joined as `qkv` [D, (H + 2K) N] and gate, up as `gate_up` [D, 2F]."""
     p = dict(p)
-    if "k" in p["attn"]:
+    if "k" in p["attn"] and "queries" not in p["attn"]:
         p["attn"] = _join(p["attn"], ("q", "k", "v"), "qkv")
     if "gate" in p["ffn"] and "router" not in p["ffn"]:
         p["ffn"] = _join(p["ffn"], ("gate", "up"), "gate_up")

@@ -17,12 +17,12 @@ import jax.numpy as jnp
 from jaxformers.models.config import LayerKind, ModelConfig, plan_stacks
 
 Params = dict[str, Any]
-Init = Literal["normal", "residual", "zeros", "ones"]
+Init = Literal["normal", "residual", "zeros", "ones"] | float
 
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """One weight: its shape, a logical name per dim, and how it starts.
+    """One weight: its shape, a logical name per dim, and how it starts (a number is a constant).
 
     Not a pytree: a leaf, so `jax.tree.map` walks specs directly. `fan_in` sets the spread of a normal init; `n_in`
     is the number of input dims of a linear layer (those after an `experts` dim), 0 for anything that is not one.
@@ -97,6 +97,12 @@ def gqa_spec(cfg: ModelConfig) -> Params:
     return spec
 
 
+def query_spec(cfg: ModelConfig) -> Params:
+    """Grouped-query attention with the table [P, D] that its queries are made from."""
+    table = ParamSpec((cfg.context_length, cfg.d_model), (None, "embed"), "normal", cfg.d_model)
+    return gqa_spec(cfg) | {"queries": table}
+
+
 def mla_spec(cfg: ModelConfig) -> Params:
     """Multi-head latent attention: kv_a [D, R] and k_rope [D, P] compress, k_b and v_b [R, H, N] expand."""
     m = cfg.mla
@@ -128,11 +134,17 @@ def mlp_spec(cfg: ModelConfig, d_ff: int) -> Params:
     }
     if cfg.gated:
         spec["gate"] = linear_spec((d, d_ff), ("embed", "mlp"))
+    if cfg.mlp_bias or cfg.down_bias:
+        spec["down_b"] = ParamSpec((d,), (None,), "zeros")
     if cfg.mlp_bias:
         spec["up_b"] = ParamSpec((d_ff,), ("mlp",), "zeros")
-        spec["down_b"] = ParamSpec((d,), (None,), "zeros")
         if cfg.gated:
             spec["gate_b"] = ParamSpec((d_ff,), ("mlp",), "zeros")
+    if cfg.activation == "xielu":
+        # Both curvatures start at 0.8; a softplus keeps them positive, and that of the lower one above beta.
+        alphas = {"alpha_p": math.log(math.expm1(0.8)), "alpha_n": math.log(math.expm1(0.8 - 0.5))}
+        spec["xielu"] = {name: ParamSpec((1,), (None,), start) for name, start in alphas.items()}
+        spec["xielu"] |= {"beta": ParamSpec((), (), 0.5), "eps": ParamSpec((), (), -1e-6)}
     return spec
 
 
@@ -163,13 +175,16 @@ def moe_spec(cfg: ModelConfig) -> Params:
     return spec
 
 
+MIXER_SPECS = {"gqa": gqa_spec, "mla": mla_spec, "query": query_spec}
+
+
 def layer_spec(cfg: ModelConfig, kind: LayerKind) -> Params:
     """Every weight of one layer."""
     spec: Params = {
-        "attn": gqa_spec(cfg) if kind.mixer == "gqa" else mla_spec(cfg),
+        "attn": MIXER_SPECS[kind.mixer](cfg),
         "ffn": mlp_spec(cfg, cfg.d_ff) if kind.ffn == "dense" else moe_spec(cfg),
     }
-    names = []
+    names = ["entry_norm"] if kind.mixer == "query" else []
     if cfg.pre_norm:
         names += ["attn_norm"] if cfg.shared_norm else ["attn_norm", "ffn_norm"]
     if cfg.post_norm:
@@ -182,12 +197,13 @@ def model_spec(cfg: ModelConfig) -> Params:
     v, d = cfg.vocab_size, cfg.d_model
     spec: Params = {
         "embed": ParamSpec((v, d), ("vocab", "embed"), "normal", d),
-        "final_norm": norm_spec(cfg, d),
         "layers": [
             [jax.tree.map(lambda s, n=stack.repeats: s.stacked(n), layer_spec(cfg, kind)) for kind in stack.pattern]
             for stack in plan_stacks(cfg.layers)
         ],
     }
+    if cfg.final_norm:
+        spec["final_norm"] = norm_spec(cfg, d)
     if cfg.learned_positions:
         spec["positions"] = ParamSpec((cfg.learned_positions, d), (None, "embed"), "normal", d)
     if cfg.embed_norm:
@@ -213,8 +229,8 @@ def init_params(cfg: ModelConfig, key: jax.Array, *, dtype: Any = jnp.float32) -
     """
 
     def init(path: tuple[Any, ...], spec: ParamSpec) -> jax.Array:
-        if spec.init in ("zeros", "ones"):
-            return jnp.full(spec.shape, float(spec.init == "ones"), dtype)
+        if spec.init not in ("normal", "residual"):
+            return jnp.full(spec.shape, {"zeros": 0.0, "ones": 1.0}.get(spec.init, spec.init), dtype)
         std = spec.fan_in**-0.5
         if spec.init == "residual":
             std *= (2 * cfg.num_layers) ** -0.5

@@ -16,6 +16,7 @@ from jaxformers.models.config import (
     DynamicScaling,
     LinearScaling,
     Llama3Scaling,
+    LongRopeScaling,
     ModelConfig,
     Rope,
     YarnScaling,
@@ -30,10 +31,10 @@ class Rotation(NamedTuple):
 
 
 def inverse_frequencies(rope: Rope) -> np.ndarray:
-    """Radians per position of each rotated pair, float64 [R/2]. A dynamic scaling is not part of it."""
+    """Radians per position of each rotated pair, float64 [R/2]. Scalings by the length of a text are not part of it."""
     base = rope.theta ** -(np.arange(0, rope.dim, 2) / rope.dim)
     match rope.scaling:
-        case None | DynamicScaling():
+        case None | DynamicScaling() | LongRopeScaling():
             return base
         case LinearScaling(factor):
             return base / factor
@@ -65,15 +66,25 @@ def _yarn(base: np.ndarray, rope: Rope, s: YarnScaling) -> np.ndarray:
 def rotation(rope: Rope, positions: jax.Array) -> Rotation:
     """The rotation of each position. positions int32 [B, T].
 
-    Under a dynamic scaling the base depends on the longest position of each row of this call, as in the reference
-    implementation; keys already in a cache keep the base they were written with.
+    Under a dynamic scaling or LongRoPE the frequencies depend on the longest position of each row of this call, as in
+    the reference implementation; keys already in a cache keep those that they were written with.
     """
     inverse = jnp.asarray(inverse_frequencies(rope), jnp.float32)
+    factor: float | jax.Array = rope.scaling.attention_factor if isinstance(rope.scaling, YarnScaling) else 1.0
     if isinstance(rope.scaling, DynamicScaling):
         inverse = _dynamic(rope, rope.scaling, positions)
+    elif isinstance(rope.scaling, LongRopeScaling):
+        inverse, factor = _long(rope.scaling, inverse, positions)
     angles = positions[:, :, None, None].astype(jnp.float32) * inverse
-    factor = rope.scaling.attention_factor if isinstance(rope.scaling, YarnScaling) else 1.0
-    return Rotation(jnp.sin(angles) * factor, jnp.cos(angles) * factor)
+    sin = jnp.sin(angles)
+    return Rotation((-sin if rope.backward else sin) * factor, jnp.cos(angles) * factor)
+
+
+def _long(s: LongRopeScaling, inverse: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Inverse frequencies and factor of each row, [B, 1, 1, R/2] and [B, 1, 1, 1]."""
+    is_long = (positions.max(axis=1) >= s.original_positions)[:, None, None, None]
+    divisors = jnp.where(is_long, jnp.asarray(s.long, jnp.float32), jnp.asarray(s.short, jnp.float32))
+    return inverse / divisors, jnp.where(is_long, jnp.float32(s.long_factor), jnp.float32(s.short_factor))
 
 
 def _dynamic(rope: Rope, s: DynamicScaling, positions: jax.Array) -> jax.Array:

@@ -51,6 +51,9 @@ def route(p: Params, x: jax.Array, m: MoE) -> Routing:
     logits = jnp.matmul(x.astype(jnp.float32), weight, precision=jax.lax.Precision.HIGHEST)
     if m.router_bias:
         logits += p["router_b"].astype(jnp.float32)
+    if m.score == "sparse_mixer":
+        weights, experts = _sparse_mixer(logits, m)
+        return Routing(weights, experts, logits, jax.nn.softmax(logits, axis=-1))
     if m.score == "softmax_topk":
         top, experts = jax.lax.top_k(logits, m.top_k)
         return Routing(jax.nn.softmax(top, axis=-1) * m.scale, experts, logits, jax.nn.softmax(logits, axis=-1))
@@ -61,6 +64,25 @@ def route(p: Params, x: jax.Array, m: MoE) -> Routing:
     if m.normalize:
         weights /= weights.sum(axis=-1, keepdims=True) + 1e-20
     return Routing(weights * m.scale, experts, logits, scores)
+
+
+def _sparse_mixer(logits: jax.Array, m: MoE) -> tuple[jax.Array, jax.Array]:
+    """Weights and experts [M, 2]: each expert is weighed by a softmax over the logits near its own, the second one
+    with the first left out.
+
+    This is the reference implementation's inference; its training draws experts at random instead.
+    """
+    candidates, weights, experts = logits, [], []
+    for _ in range(2):
+        best = candidates.argmax(axis=-1, keepdims=True)
+        top = jax.lax.stop_gradient(candidates.max(axis=-1, keepdims=True))
+        distance = (top - logits) / jnp.maximum(jnp.abs(logits), top)
+        gates = jax.nn.softmax(jnp.where(distance > 2 * m.jitter, -jnp.inf, candidates), axis=-1)
+        weights.append(jnp.take_along_axis(gates, best, axis=-1))
+        experts.append(best.astype(jnp.int32))
+        chosen = jax.nn.one_hot(best[:, 0], m.num_experts, dtype=bool)
+        candidates = jnp.where(chosen, -jnp.inf, logits)
+    return jnp.concatenate(weights, axis=-1), jnp.concatenate(experts, axis=-1)
 
 
 def _limit_groups(preference: jax.Array, m: MoE) -> jax.Array:

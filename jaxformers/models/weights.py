@@ -107,6 +107,12 @@ def transposed_linear(x: jax.Array, w: jax.Array) -> jax.Array:
     return lax.dot_general(x, w.astype(x.dtype), (contract, ((), ())), preferred_element_type=jnp.float32)
 
 
+def output_lengths(w: jax.Array | OutputMajor) -> jax.Array:
+    """The length float32 [out] of each output's weights in a linear weight [in, out], at least 1e-12."""
+    matrix, inputs = (w.matrix, 1) if isinstance(w, OutputMajor) else (w, 0)
+    return jnp.sqrt(jnp.maximum(jnp.square(matrix.astype(jnp.float32)).sum(inputs), 1e-24))
+
+
 def grouped_linear(x: jax.Array, w: jax.Array, group_sizes: jax.Array) -> jax.Array:
     """Rows x [M, in], sorted by group, times their group's matrix in w [E, in, out] -> [M, out].
 

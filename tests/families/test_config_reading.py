@@ -84,13 +84,26 @@ def test_published_checkpoints_count_their_active_parameters(values, billions):
     assert active / 1e9 == pytest.approx(billions, rel=0.03)
 
 
-@pytest.mark.parametrize("quantization", [DEEPSEEK_V3_QUANTIZATION, GPT_OSS_20B_QUANTIZATION])
-def test_quantized_checkpoints_are_refused_by_name(quantization):
-    values = DEEPSEEK_V3 if quantization is DEEPSEEK_V3_QUANTIZATION else GPT_OSS_20B
-    message = refusal(values | {"quantization_config": quantization})
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        GPT_OSS_20B_QUANTIZATION,
+        DEEPSEEK_V3_QUANTIZATION | {"weight_block_size": None},
+        DEEPSEEK_V3_QUANTIZATION | {"weight_block_size": [128, 0]},
+        DEEPSEEK_V3_QUANTIZATION | {"fmt": "e5m2"},
+    ],
+)
+def test_quantized_checkpoints_that_cannot_be_read_are_refused_by_name(quantization):
+    message = refusal(GPT_OSS_20B | {"quantization_config": quantization})
     assert "quantization_config" in message
     assert quantization["quant_method"] in message
-    assert read_config(values | {"quantization_config": None}) == read_config(values)
+    assert read_config(GPT_OSS_20B | {"quantization_config": None}) == read_config(GPT_OSS_20B)
+
+
+def test_blocks_of_float8_change_no_architecture_and_are_not_written_back():
+    cfg = read_config(DEEPSEEK_V3 | {"quantization_config": DEEPSEEK_V3_QUANTIZATION})
+    assert cfg == read_config(DEEPSEEK_V3)
+    assert cfg.source == DEEPSEEK_V3
 
 
 def test_layers_of_published_checkpoints():

@@ -7,80 +7,46 @@ and rematerialization are all compared with that.
 import copy
 import functools
 import json
-from typing import Any, NamedTuple
+import re
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import transformers
 from families.checkpoints import ROWS, assert_close, checkpoint, reference_logits, tokens
+from families.foreign import TWINS
+from families.passes import (
+    LENGTH,
+    PROMPTS,
+    check_packing,
+    check_ragged_decoding,
+    compile_decoding,
+    compile_training,
+    greedy_text,
+)
 
 from jaxformers.families import FAMILIES
 from jaxformers.hub.convert import export_tensors
 from jaxformers.hub.pretrained import write_pretrained
 from jaxformers.hub.safetensors import open_tensors
-from jaxformers.models.cache import init_cache
-from jaxformers.models.decoder import gather_shared, hidden_states, unembed
 from jaxformers.models.runtime import Runtime
 
-LENGTH = 16
-PROMPTS = (9, 5)  # tokens of each row of a ragged batch
-# Programs here run once or twice, so compiling them is all they cost.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 every_row = pytest.mark.parametrize("name", list(ROWS))
 cached_rows = pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.cached])
 
 
-class Pass(NamedTuple):
-    """What one training step sees of a batch: mean next-token loss, logits [B, T, V], expert sums, gradients."""
-
-    loss: jax.Array
-    logits: jax.Array
-    moe: Any
-    grads: Any
-
-
-def positions_of(ids: np.ndarray) -> np.ndarray:
-    return np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
-
-
-@functools.cache
+@functools.lru_cache(maxsize=4)
 def training_pass(name: str, runtime: Runtime = Runtime()) -> Any:
     """A compiled function (tokens, positions, segment_ids) -> Pass, the same one for every test of a row."""
-    cfg, params, _ = checkpoint(name).ours
-
-    def loss(params, ids, positions, segments):
-        params = gather_shared(params, cfg, runtime)
-        hidden = hidden_states(params, cfg, ids, positions=positions, segment_ids=segments, runtime=runtime)
-        logits = unembed(params, cfg, hidden.x, runtime)
-        picked = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), ids[:, 1:, None], axis=-1)
-        return -picked.mean(), (logits, hidden.moe)
-
-    compiled = jit(jax.value_and_grad(loss, has_aux=True))
-
-    def run(ids, positions=None, segments=None) -> Pass:
-        positions = (
-            np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape) if positions is None else positions
-        )
-        segments = np.ones_like(ids) if segments is None else segments
-        (value, (logits, moe)), grads = compiled(params, ids, positions, segments)
-        return Pass(value, logits, moe, grads)
-
-    return run
+    return compile_training(checkpoint(name).ours, runtime)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4)
 def decoding_step(name: str) -> Any:
     """A compiled function (tokens, positions, cache) -> (logits, cache)."""
-    cfg, params, _ = checkpoint(name).ours
-
-    def step(params, ids, positions, cache):
-        hidden = hidden_states(params, cfg, ids, positions=positions, cache=cache)
-        return unembed(params, cfg, hidden.x, Runtime()), hidden.cache
-
-    return functools.partial(jit(step), params)
+    return compile_decoding(checkpoint(name).ours)
 
 
 def reference_gradients(name: str, ids: np.ndarray, directory: Any) -> tuple[float, dict[str, np.ndarray]]:
@@ -98,8 +64,9 @@ def reference_gradients(name: str, ids: np.ndarray, directory: Any) -> tuple[flo
 
 
 def test_every_family_has_a_checkpoint_here():
-    assert set(FAMILIES) <= set(ROWS)
-    assert {row.model_type for row in ROWS.values()} == set(FAMILIES)
+    foreign = {twin.config["model_type"] for twin in TWINS.values()}
+    assert set(FAMILIES) - foreign <= set(ROWS)
+    assert {row.model_type for row in ROWS.values()} | foreign == set(FAMILIES)
 
 
 @every_row
@@ -117,7 +84,16 @@ def test_loss_and_every_gradient_are_the_references(name, tmp_path):
     grads = export_tensors(checkpoint(name).ours.config, ours.grads)
     assert grads.keys() == truth.keys()
     for tensor, gradient in truth.items():
-        assert_close(grads[tensor], gradient, what=tensor)
+        assert_close(grads[tensor], gradient, what=tensor, scale=scale_of(tensor, truth))
+
+
+def scale_of(tensor: str, truth: dict[str, np.ndarray]) -> float | None:
+    """What the error of a scalar's gradient is measured by: that of the same weight in every layer. In one layer its
+    sum over all activations may cancel to less than float32 can tell."""
+    if truth[tensor].size > 1:
+        return None
+    layers = re.compile(re.sub(r"\\\.\d+\\\.", r"\\.\\d+\\.", re.escape(tensor)))
+    return max(float(np.abs(value).max()) for name, value in truth.items() if layers.fullmatch(name))
 
 
 @every_row
@@ -130,48 +106,19 @@ def test_greedy_tokens_are_the_references(name):
         truth = c.model.generate(
             torch.from_numpy(prompt).long(), do_sample=False, max_new_tokens=7, eos_token_id=None, pad_token_id=0
         )
-    step = decoding_step(name)
-    logits, cache = step(prompt, positions_of(prompt), init_cache(c.ours.config, 2, LENGTH))
-    text = [prompt, np.asarray(logits[:, -1:].argmax(-1), np.int32)]
-    for position in range(PROMPTS[0], LENGTH - 1):
-        logits, cache = step(text[-1], np.full((2, 1), position, np.int32), cache)
-        text.append(np.asarray(logits.argmax(-1), np.int32))
-    np.testing.assert_array_equal(np.concatenate(text, axis=1), truth.numpy())
+    text = greedy_text(decoding_step(name), c.ours, prompt)
+    np.testing.assert_array_equal(text, truth.numpy())
 
 
 @cached_rows
 def test_cached_decoding_of_ragged_rows_is_the_forward_pass_at_every_position(name):
     c = checkpoint(name)
-    ids = tokens(2, LENGTH)
-    truth = reference_logits(c.model, ids)
-    widest = max(PROMPTS)
-    prompt = np.where(np.arange(widest) < np.array(PROMPTS)[:, None], ids[:, :widest], 0).astype(np.int32)
-    step = decoding_step(name)
-    logits, cache = step(prompt, positions_of(prompt), init_cache(c.ours.config, 2, LENGTH))
-    for row, length in enumerate(PROMPTS):
-        assert_close(logits[row, :length], truth[row, :length], what=f"prompt of row {row}")
-    for n in range(LENGTH - widest):
-        here = np.array(PROMPTS, np.int32)[:, None] + n  # each row at a position of its own
-        logits, cache = step(np.take_along_axis(ids, here, axis=1), here, cache)
-        assert_close(logits[:, 0], truth[[0, 1], here[:, 0]], what=f"step {n}")
+    check_ragged_decoding(decoding_step(name), c.ours, functools.partial(reference_logits, c.model))
 
 
 @cached_rows
 def test_documents_packed_into_a_row_do_not_see_each_other(name):
-    ids = tokens(2, LENGTH, seed=3)
-    lengths = ((7, 6), (11, 5))  # the first row ends in padding
-    positions, segments = np.zeros_like(ids), np.zeros_like(ids)
-    documents = []
-    for row, sizes in enumerate(lengths):
-        start = 0
-        for number, size in enumerate(sizes, start=1):
-            place = (row, slice(start, start + size))
-            positions[place], segments[place] = np.arange(size), number
-            documents.append(place)
-            start += size
-    packed = training_pass(name)(ids, positions, segments).logits
-    for place in documents:
-        assert_close(packed[place], reference_logits(checkpoint(name).model, ids[place][None])[0], what=str(place))
+    check_packing(training_pass(name), functools.partial(reference_logits, checkpoint(name).model))
 
 
 @every_row
@@ -185,7 +132,7 @@ def test_import_and_export_are_bit_equal_and_the_reference_opens_the_result(name
         assert ours[tensor].tobytes() == value.tobytes(), tensor
     for file in ("config.json", "generation_config.json"):
         assert json.loads((tmp_path / file).read_text()) == json.loads((c.directory / file).read_text())
-    reopened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    reopened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=c.row.attention)
     ids = tokens(2, LENGTH)
     np.testing.assert_array_equal(reference_logits(reopened, ids), reference_logits(c.model, ids))
 
@@ -195,10 +142,10 @@ RUNTIMES = {
     "unroll, projections kept": Runtime(layers="unroll", remat="projections"),
     "unroll, dots kept": Runtime(layers="unroll", remat="dots"),
 }
-# Types take turns in the quick suite: compiling 33 backward passes takes minutes.
+# Types take turns in the quick suite: compiling a backward pass of each takes many minutes.
 RUNS = [
-    pytest.param(name, runtime, marks=() if (i + j) % len(RUNTIMES) == 0 else pytest.mark.slow)
-    for i, name in enumerate(FAMILIES)
+    pytest.param(name, runtime, marks=() if i % 4 == j else pytest.mark.slow)
+    for i, name in enumerate(name for name in FAMILIES if name in ROWS)
     for j, runtime in enumerate(RUNTIMES)
 ]
 

@@ -194,7 +194,9 @@ def test_shardings_may_be_one_for_all_or_a_function_of_the_config():
 @pytest.mark.parametrize("name", ROWS)
 def test_reading_a_weight_copies_nothing(name):
     for part in parts(checkpoint(name).ours.config):
-        tensor = np.zeros(part.disk_shape(), np.float32)
+        source, tensor = part.source, np.zeros(part.disk_shape(), np.float32)
+        if len(source.view) > len(part.spec.shape) and (source.stop or 0) - source.start > 1:
+            continue  # queries that lie between keys and values of their group: no strides join the groups
         assert np.shares_memory(part.from_disk(tensor), tensor), part
 
 

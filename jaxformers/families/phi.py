@@ -1,0 +1,76 @@
+"""Phi 1 to 3.5: parallel branches first, then fused projections with LongRoPE, then a mixture of two experts."""
+
+from jaxformers.families import common as fam
+from jaxformers.families.keys import Keys
+from jaxformers.models.config import ModelConfig, MoE
+
+
+def read_phi(c: Keys) -> ModelConfig:
+    c.expect("qk_layernorm", False)
+    kv_heads = c.integer("num_key_value_heads", c.integer("num_attention_heads"))
+    return fam.llama_config(
+        c,
+        layers=fam.uniform_layers(c, rope=fam.rope(c, fam.head_dim(c), fraction=0.5)),
+        num_kv_heads=kv_heads,
+        norm="layer",
+        norm_bias=True,
+        norm_eps=c.number("layer_norm_eps", 1e-5),
+        parallel=True,
+        shared_norm=True,
+        qkv_bias=True,
+        o_bias=True,
+        mlp_bias=True,
+        lm_head_bias=True,
+        gated=False,
+        activation=c.choice("hidden_act", {"gelu_new": "gelu_tanh", "gelu": "gelu"}, "gelu_new"),
+    )
+
+
+def phi_names(_cfg: ModelConfig) -> fam.Names:
+    ffn = fam.linears("ffn.", up=f"{fam.MLP}fc1", down=f"{fam.MLP}fc2")
+    return fam.Names(
+        fam.LLAMA | ffn | fam.linears("attn.", o=f"{fam.ATTN}dense") | fam.norms(final_norm="model.final_layernorm")
+    )
+
+
+def read_phi3(c: Keys) -> ModelConfig:
+    c.integer("original_max_position_embeddings", 4096)
+    layers = fam.uniform_layers(c, window=c.integer("sliding_window", None), rope=fam.rope(c, fam.head_dim(c)))
+    kv_heads = c.integer("num_key_value_heads", c.integer("num_attention_heads"))
+    bias = c.flag("attention_bias", False)
+    if bias:
+        raise c.error("attention_bias", bias, "False")
+    return fam.llama_config(c, layers=layers, num_kv_heads=kv_heads, norm_eps=c.number("rms_norm_eps", 1e-5))
+
+
+def phi3_names(cfg: ModelConfig) -> fam.Names:
+    h, k = cfg.num_heads, cfg.num_kv_heads
+    view, parts = (cfg.d_model, h + 2 * k, cfg.head_dim), {"attn.q": h, "attn.k": k, "attn.v": k}
+    return fam.Names(fam.LLAMA | fam.slices(f"{fam.ATTN}qkv_proj.weight", view, 1, parts) | fam.fused_gate_up(cfg))
+
+
+def read_phimoe(c: Keys) -> ModelConfig:
+    chosen, bias = fam.experts(c, "num_local_experts"), c.flag("attention_bias", False)
+    if chosen["top_k"] != 2:
+        raise c.error("num_experts_per_tok", chosen["top_k"], "2, which is what the sparse mixer chooses")
+    width, jitter = c.integer("intermediate_size"), c.number("router_jitter_noise", 0.01)
+    window = c.integer("sliding_window", None)
+    return fam.llama_config(
+        c,
+        layers=fam.uniform_layers(c, ffn="moe", window=window, rope=fam.rope(c, fam.head_dim(c), theta=1e6)),
+        num_kv_heads=c.integer("num_key_value_heads", 8, null=c.integer("num_attention_heads")),
+        moe=MoE(**chosen, d_ff=width, score="sparse_mixer", jitter=jitter),
+        norm="layer",
+        norm_bias=True,
+        norm_eps=c.number("rms_norm_eps", 1e-5),
+        qkv_bias=bias,
+        o_bias=bias,
+        lm_head_bias=c.flag("lm_head_bias", False),
+    )
+
+
+FAMILIES = {
+    "phi": fam.Family(read_phi, phi_names),
+    "phi3": fam.Family(read_phi3, phi3_names),
+    "phimoe": fam.Family(read_phimoe, lambda _cfg: fam.Names(fam.LLAMA, moe=fam.MIXTRAL_EXPERTS)),
+}
