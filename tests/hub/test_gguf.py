@@ -200,7 +200,8 @@ def test_an_unknown_type_of_tensor_is_named_with_the_known_ones(llama, tmp_path)
 @pytest.mark.parametrize(
     "extra, told",
     [
-        (lambda w: w.add_expert_count(8), "expert_count = 8 is not supported"),
+        (lambda w: w.add_expert_count(8), "expert_count is 8; it must be 0"),
+        (lambda w: w.add_causal_attention(False), "attention.causal is False; it must be True"),
         (lambda w: w.add_key_value("llama.attention.scale", 0.5, gguf.GGUFValueType.FLOAT32), "attention.scale = 0.5"),
         (lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN), "'rope.scaling.factor' is missing"),
         (lambda w: w.add_token_list(["a"] * 400), "has 400 tokens, but token_embd.weight only 320 rows"),
