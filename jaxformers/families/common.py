@@ -285,9 +285,13 @@ def rope(
     interleaved: bool = False,
     theta: float = 1e4,
     fraction: float = 1.0,
+    original: int | None = None,
 ) -> Rope:
     """Rotary settings from either spelling: `rope_parameters` (possibly one a layer type), or `rope_theta` with
-    `rope_scaling`. theta and fraction (of the head that is rotated) are the family's defaults."""
+    `rope_scaling`.
+
+    theta, fraction (of the head that is rotated) and original (positions before scaling) are the family's defaults.
+    """
     table = c.table("rope_parameters", {})
     if layer_type is not None and isinstance(table.get(layer_type), Mapping):
         table = table[layer_type]
@@ -299,7 +303,7 @@ def rope(
     base = values.number("rope_theta", theta if old_theta is None else old_theta)
     fraction = values.number("partial_rotary_factor", fraction if old_fraction is None else old_fraction)
     context = c.integer("max_position_embeddings")
-    scaling = rope_scaling(values, context, c.integer("original_max_position_embeddings", None))
+    scaling = rope_scaling(values, context, c.integer("original_max_position_embeddings", original))
     values.finish()
     return Rope(int(dim * fraction) // 2 * 2, base, interleaved, scaling)
 
@@ -327,7 +331,7 @@ def rope_scaling(c: Keys, context: int, outer: int | None = None) -> RopeScaling
             return Llama3Scaling(c.number("factor"), original, low, high)
         case "yarn":
             return _yarn(c, original)
-        case "longrope" | "su":
+        case "longrope":
             return _longrope(c, context, original)
         case "telechat3-yarn":
             return _yarn(c, original, growth=0.7)

@@ -8,7 +8,9 @@ from jaxformers.models.config import MLA, LayerKind, ModelConfig, MoE, YarnScali
 def read_deepseek_v3(c: Keys) -> ModelConfig:
     c.expect("scoring_func", "sigmoid")
     c.expect("topk_method", "noaux_tc")
-    return _deepseek(c, c.integer("q_lora_rank", null=None), c.flag("rope_interleave", True), deepseek_moe(c))
+    return _deepseek(
+        c, c.integer("q_lora_rank", null=None), c.flag("rope_interleave", True), deepseek_moe(c, scale=2.5)
+    )
 
 
 def read_deepseek_v2(c: Keys) -> ModelConfig:
@@ -65,16 +67,16 @@ def _deepseek(c: Keys, q_rank: int | None, interleaved: bool, moe: MoE) -> Model
     )
 
 
-def deepseek_moe(c: Keys) -> MoE:
-    """DeepSeek-V3's routing, under its keys."""
+def deepseek_moe(c: Keys, *, scale: float = 1.0, normalize: bool = True) -> MoE:
+    """DeepSeek-V3's routing, under its keys. scale and normalize are the type's defaults."""
     width, groups = c.integer("moe_intermediate_size"), _groups(c)
     return MoE(
         **fam.experts(c, "n_routed_experts"),
         **groups,
         d_ff=width,
         score="sigmoid",
-        normalize=c.flag("norm_topk_prob", True),
-        scale=c.number("routed_scaling_factor", 1.0),
+        normalize=c.flag("norm_topk_prob", normalize),
+        scale=c.number("routed_scaling_factor", scale),
         select_bias=True,
         group_score="top2",
         shared_d_ff=width * c.integer("n_shared_experts", null=0, minimum=0),

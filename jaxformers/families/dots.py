@@ -20,7 +20,7 @@ def read_dots1(c: Keys) -> ModelConfig:
     return fam.llama_config(
         c,
         layers=tuple(replace(kind, ffn="dense" if i < first else "moe") for i, kind in enumerate(kinds)),
-        moe=deepseek_moe(c),
+        moe=deepseek_moe(c, normalize=False),
         num_kv_heads=c.integer("num_key_value_heads", 32, null=c.integer("num_attention_heads")),
         qk_norm="head",
         qkv_bias=bias,

@@ -9,7 +9,7 @@ def read_internlm3(c: Keys) -> ModelConfig:
     bias = c.flag("attention_bias", c.flag("qkv_bias", False))
     mlp_bias = c.flag("mlp_bias", c.flag("bias", False))
     if bias != mlp_bias:
-        raise c.error("qkv_bias", bias, f"the same as bias ({mlp_bias})")
+        raise c.error("attention_bias (qkv_bias)", bias, f"the same as mlp_bias (bias), {mlp_bias}")
     size = fam.head_dim(c, 128)
     return fam.llama_config(
         c,

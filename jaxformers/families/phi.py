@@ -34,8 +34,11 @@ def phi_names(_cfg: ModelConfig) -> fam.Names:
 
 
 def read_phi3(c: Keys) -> ModelConfig:
-    c.integer("original_max_position_embeddings", 4096)
-    layers = fam.uniform_layers(c, window=c.integer("sliding_window", None), rope=fam.rope(c, fam.head_dim(c)))
+    scaling = c.table("rope_scaling", {})
+    if scaling.get("type", scaling.get("rope_type")) in ("su", "yarn"):  # as the first files named it
+        c.values = {**c.values, "rope_scaling": {**scaling, "type": "longrope", "rope_type": "longrope"}}
+    turn = fam.rope(c, fam.head_dim(c), original=c.integer("original_max_position_embeddings", 4096))
+    layers = fam.uniform_layers(c, window=c.integer("sliding_window", None), rope=turn)
     kv_heads = c.integer("num_key_value_heads", c.integer("num_attention_heads"))
     bias = c.flag("attention_bias", False)
     if bias:

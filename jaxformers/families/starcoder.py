@@ -8,8 +8,10 @@ from jaxformers.models.config import ModelConfig
 
 def read_gpt_bigcode(c: Keys) -> ModelConfig:
     c.expect("scale_attn_weights", True)
-    positions, kv_heads = c.integer("n_positions", 1024), 1 if c.flag("multi_query", True) else c.integer("n_head")
-    c.expect("num_key_value_heads", kv_heads)
+    single = c.flag("multi_query", True)
+    positions, kv_heads = c.integer("n_positions", 1024), 1 if single else c.integer("n_head")
+    if c.integer("num_key_value_heads", kv_heads) != kv_heads:
+        raise c.error("num_key_value_heads", c.values["num_key_value_heads"], f"{kv_heads} as multi_query is {single}")
     return fam.gpt_config(
         c,
         d_ff=c.integer("n_inner", 4 * c.integer("n_embd")),

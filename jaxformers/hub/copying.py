@@ -71,7 +71,7 @@ def _tasks(target: np.ndarray, source: np.ndarray) -> Iterator[Callable[[], None
     """What together sets `target[...] = source`, in chunks of some megabytes."""
     if target.dtype == source.dtype:
         # NumPy moves integers much faster than the dtypes that are no part of it.
-        target, source = (array.view(f"u{array.dtype.itemsize}") for array in (target, source))
+        target, source = (np.atleast_1d(array).view(f"u{array.dtype.itemsize}") for array in (target, source))
     matrix = _as_transposed(target, source)
     copy: Callable[[np.ndarray, np.ndarray], None] = np.copyto if matrix is None else _transpose
     target, source = matrix or (target, source)

@@ -115,7 +115,7 @@ class NoRotation(nn.Module):
         self.head_dim = head_dim
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        one = torch.ones(*position_ids.shape, self.head_dim)
+        one = torch.ones(*position_ids.shape, self.head_dim, dtype=x.dtype)
         return one, 0 * one
 
 
@@ -132,7 +132,7 @@ class AlibiLlama(transformers.LlamaForCausalLM):
         t = torch.arange(ids.shape[1])
         distance = (t[:, None] - t)[None, None]
         bias = torch.where(distance < 0, torch.finfo(torch.float32).min, -self.slopes * distance)
-        return super().forward(ids, attention_mask=bias, use_cache=False, **kwargs)
+        return super().forward(ids, attention_mask=bias.to(self.dtype), use_cache=False, **kwargs)
 
 
 class PanguLayer(nn.Module):

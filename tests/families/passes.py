@@ -1,7 +1,8 @@
 """What a model read by us computes, one way or another: in a training pass, decoding with a cache, over packed rows."""
 
 import functools
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -90,6 +91,25 @@ def check_ragged_decoding(step: Any, ours: Pretrained, reference: Logits) -> Non
         here = np.array(PROMPTS, np.int32)[:, None] + n  # each row at a position of its own
         logits, cache = step(np.take_along_axis(ids, here, axis=1), here, cache)
         assert_close(logits[:, 0], truth[[0, 1], here[:, 0]], what=f"step {n}")
+
+
+def check_gradients(ours: Mapping[str, np.ndarray], truth: Mapping[str, np.ndarray]) -> None:
+    """Every tensor of the checkpoint has the gradient of the truth.
+
+    Two kinds are rounding errors in part, in any implementation. Where nothing rotates, a key's bias shifts all
+    scores of a query alike, so its gradient is zero; and a scalar's, a sum over all activations, may cancel in one
+    layer, so it is measured by those of the same weight in all layers.
+    """
+    assert ours.keys() == truth.keys()
+    largest = {tensor: float(np.abs(gradient).max()) for tensor, gradient in truth.items()}
+    noise = 1e-6 * max(largest.values())
+    for tensor, gradient in truth.items():
+        if largest[tensor] < noise:
+            assert np.abs(np.asarray(ours[tensor])).max() < noise, tensor
+            continue
+        layers = re.compile(r"\d+".join(re.escape(part) for part in re.split(r"\d+", tensor)))
+        alike = [tensor] if gradient.size > 1 else [name for name in truth if layers.fullmatch(name)]
+        assert_close(ours[tensor], gradient, what=tensor, scale=max(largest[name] for name in alike))
 
 
 def check_packing(run: Any, reference: Logits) -> None:

@@ -7,7 +7,6 @@ and rematerialization are all compared with that.
 import copy
 import functools
 import json
-import re
 from typing import Any
 
 import jax
@@ -20,6 +19,7 @@ from families.foreign import TWINS
 from families.passes import (
     LENGTH,
     PROMPTS,
+    check_gradients,
     check_packing,
     check_ragged_decoding,
     compile_decoding,
@@ -81,19 +81,7 @@ def test_loss_and_every_gradient_are_the_references(name, tmp_path):
     ours = training_pass(name)(ids)
     loss, truth = reference_gradients(name, ids, tmp_path)
     assert_close(ours.loss, loss)
-    grads = export_tensors(checkpoint(name).ours.config, ours.grads)
-    assert grads.keys() == truth.keys()
-    for tensor, gradient in truth.items():
-        assert_close(grads[tensor], gradient, what=tensor, scale=scale_of(tensor, truth))
-
-
-def scale_of(tensor: str, truth: dict[str, np.ndarray]) -> float | None:
-    """What the error of a scalar's gradient is measured by: that of the same weight in every layer. In one layer its
-    sum over all activations may cancel to less than float32 can tell."""
-    if truth[tensor].size > 1:
-        return None
-    layers = re.compile(re.sub(r"\\\.\d+\\\.", r"\\.\\d+\\.", re.escape(tensor)))
-    return max(float(np.abs(value).max()) for name, value in truth.items() if layers.fullmatch(name))
+    check_gradients(export_tensors(checkpoint(name).ours.config, ours.grads), truth)
 
 
 @every_row
