@@ -30,11 +30,13 @@ Message = Mapping[str, Any]
 MAX_STEPS = 300_000  # rounds of loops, and calls
 MAX_SECONDS = 10.0
 MAX_SIZE = 16_000_000  # characters of a text, items of a list
-MAX_PADDING = 100_000  # the largest number that a call may be given, which may be a width
+MAX_WIDTH = 1_000  # characters to pad or indent by
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names that templates read a message's reasoning under
 # Filters that look at no more of a value than its first level.
 _SHALLOW = frozenset("length count first last list map select reject selectattr rejectattr default d items abs".split())
-_WIDE_FORMAT = re.compile(r"%[^a-zA-Z%]*(\d{6}|\*)|[:,]\D*\d{6}")
+# Filters and methods that make a text, or a list, as wide as they are told to.
+_WIDE = frozenset("center ljust rjust zfill expandtabs indent tojson batch slice round".split())
+_WIDE_FORMAT = re.compile(r"%[^a-zA-Z%]*(\d{4}|\*)|\{[^}]*(:[^}]*\d{4}|\{)")
 
 
 class ChatTemplateError(ValueError):
@@ -218,9 +220,10 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         _spend()
-        owner = getattr(getattr(__obj, "__wrapped__", __obj), "__self__", None)  # str.format comes wrapped
+        method = getattr(__obj, "__wrapped__", __obj)  # str.format comes wrapped
+        owner = getattr(method, "__self__", None)
         if isinstance(owner, str):
-            _check_text_call(owner, args, kwargs)
+            _check_growth(method.__name__, owner, [*args, *kwargs.values()])
         return _sized(super().call(__context, __obj, *args, **kwargs))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
@@ -231,7 +234,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             if isinstance(value, str | list | tuple) and len(value) * times > MAX_SIZE:
                 raise _too_much(f"it repeats a value {times} times")
         if operator == "%" and isinstance(left, str):
-            _check_text_call(left, (right,), {})
+            _check_growth("format", left, [right])
         return _sized(super().call_binop(context, operator, left, right))
 
 
@@ -240,27 +243,38 @@ def _spend() -> None:
         budget.spend()
 
 
-def _check_text_call(text: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Refuses a method of a text, or a filter, that would make far more text than it is given."""
-    values = [*args, *kwargs.values()]
+def _check_growth(name: str, text: str, values: Sequence[Any]) -> None:
+    """Refuses a method of `text`, or a filter, with the arguments `values` that would make far more text than that."""
     _weighed(values)
-    if any(isinstance(value, int) and value > MAX_PADDING for value in values) or _WIDE_FORMAT.search(text):
-        raise _too_much(f"it asks for a width of more than {MAX_PADDING}")
-    grown = sum(len(value) for value in values if isinstance(value, str))
-    if len(text) * grown > MAX_SIZE * 64:
+    grown = 0
+    if name in _WIDE and any(isinstance(value, int) and value > MAX_WIDTH for value in values):
+        raise _too_much(f"it asks for a width of more than {MAX_WIDTH}")
+    if name in ("format", "format_map"):
+        if _WIDE_FORMAT.search(text):
+            raise _too_much(f"it asks for a width of more than {MAX_WIDTH}")
+        grown = len(text) * sum(len(value) for value in values if isinstance(value, str))
+    elif name == "replace" and len(values) > 1:
+        grown = text.count(str(values[0])) * len(str(values[1]))
+    elif name == "join" and values and hasattr(values[0], "__len__"):
+        grown = len(values[0]) * len(text)
+    if grown > MAX_SIZE:
         raise _too_much(f"it makes a text of more than {MAX_SIZE} characters")
 
 
 def _guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """A filter within the budget. Markers of what a filter wants to be passed are attributes, which are kept."""
+    first = 1 if hasattr(function, "jinja_pass_arg") else 0  # behind the context that Jinja passes
 
     @functools.wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> Any:
         _spend()
-        given = [value for value in args if isinstance(value, str | int | list | tuple | dict)]
+        subject, values = args[first], [*args[first + 1 :], *kwargs.values()]
         if name not in _SHALLOW:
-            subject = given[0] if given and isinstance(given[0], str) else ""
-            _check_text_call(subject, given[1:] if subject else given, kwargs)
+            _weighed(subject)
+            if name == "join":  # the items come first, and what stands between them after
+                _check_growth(name, str(values[0]) if values else "", [subject])
+            else:
+                _check_growth(name, subject if isinstance(subject, str) else "", values)
         return _sized(function(*args, **kwargs))
 
     return guarded

@@ -20,7 +20,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jaxformers.hub.safetensors import Deferred
+from jaxformers.hub.safetensors import Deferred, release
 
 VERSIONS = (2, 3)
 MAX_DIMS = 4  # the format's own limit
@@ -255,6 +255,8 @@ def _tensor(entry: _Entry, data: mmap.mmap, start: int) -> Tensor:
     def dequantized() -> np.ndarray:
         from gguf import GGMLQuantizationType, dequantize
 
-        return dequantize(packed, GGMLQuantizationType(entry.type_id))
+        plain = dequantize(packed, GGMLQuantizationType(entry.type_id))
+        release(packed)
+        return plain
 
     return Deferred(entry.shape, np.dtype(np.float32), dequantized)

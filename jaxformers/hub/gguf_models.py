@@ -23,8 +23,8 @@ from jaxformers.models.config import ModelConfig
 ROPE_FACTORS = "rope_freqs.weight"
 TOKEN_IDS = {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_id"}
 END_OF_TURN = ("eos", "eot", "eom")  # tokens that end an answer
-# Of no effect on what is computed: how a file was written, and what its other keys say anyway.
-IRRELEVANT = ("tensor_data_layout", "rope.scaling.finetuned", "attention.causal", "use_parallel_residual")
+# Of no effect on what is computed: how a file and its model were made.
+IRRELEVANT = ("tensor_data_layout", "rope.scaling.finetuned")
 
 GLOBAL_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 LAYER_NAMES = {
@@ -131,6 +131,9 @@ def _common(c: Keys, file: GgufFile) -> dict[str, Any]:
     head_dim = c.integer("attention.key_length", width // heads)
     c.expect("attention.value_length", head_dim)
     c.expect("rope.dimension_count", head_dim)
+    c.expect("attention.causal", True)
+    for key in ("expert_count", "expert_used_count"):
+        c.expect(key, 0)
     vocabulary = _vocabulary(file, width)
     c.expect("vocab_size", vocabulary)
     layers = c.integer("block_count")

@@ -174,6 +174,17 @@ def test_a_hostile_template_is_refused_in_one_line_and_soon(name):
     assert len(str(caught.value)) < 500
 
 
+def test_what_only_looks_large_is_rendered(reference):
+    template = (
+        "{% set t = 1700000000 %}{{ t }} {{ t|tojson }} {{ t|string }} {{ '%s' % t }} {{ '%05.1f'|format(t) }} "
+        "{{ '{}: {:>8}'.format(t, 'x') }} {{ x|default(t) }} {{ messages|tojson(indent=4) }} {{ t // 86400 }} "
+        "{{ messages[0].content|replace('a', 'bb')|length }} {{ messages[0].content.replace('a', '')|length }} "
+        "{{ ['a', 'b']|join(', ')|center(20) }} {{ 'a\tb'.expandtabs(8) }} {{ messages[0].content|indent(2)|length }}"
+    )
+    messages = [{"role": "user", "content": "a long text " * 20_000}]
+    assert_rendered_alike(template, messages, None, False, reference)
+
+
 def test_a_long_conversation_is_well_within_the_bounds():
     messages = [USER, ANSWER] * 2000
     assert render_chat(TEMPLATES["chatml"], messages).count("<|im_start|>") == 1 + 4000
