@@ -29,7 +29,7 @@ app.add_typer(bench_app, name="bench")
 Ref = Annotated[
     str,
     typer.Argument(
-        help="A Hugging Face directory, a .gguf file, a hub id (ORG/NAME[@REVISION]), a run or one of its checkpoints."
+        help="A Hugging Face directory, a .gguf file, a hub id (ORG/NAME or ORG/NAME@REVISION), a run, or one of its checkpoints."
     ),
 ]
 
@@ -38,6 +38,16 @@ class Dtype(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+
+
+MaxNewTokens = Annotated[int | None, typer.Option(help="Tokens to add at most.")]
+Temperature = Annotated[float | None, typer.Option(help="0 = the likeliest token each time.")]
+TopK = Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens.")]
+TopP = Annotated[float | None, typer.Option(help="Draw from the likeliest tokens of this total probability.")]
+MinP = Annotated[float | None, typer.Option(help="Draw from tokens of this share of the likeliest one's.")]
+RepetitionPenalty = Annotated[float | None, typer.Option(help="Above 1: make tokens seen before less likely.")]
+Seed = Annotated[int | None, typer.Option(help="Same seed, same text.")]
+ComputeDtype = Annotated[Dtype | None, typer.Option(help="Of parameters and computation.")]
 
 
 @app.command()
@@ -76,21 +86,17 @@ def generate(
         list[str] | None, typer.Argument(help="Texts to continue; none: standard input is one prompt.")
     ] = None,
     prompts_file: Annotated[Path | None, typer.Option(help="A file with a prompt on each line.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens to add at most.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 = the likeliest token each time.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens.")] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Draw from the likeliest tokens of this total probability.")
-    ] = None,
-    min_p: Annotated[float | None, typer.Option(help="Draw from tokens of this share of the likeliest one's.")] = None,
-    repetition_penalty: Annotated[
-        float | None, typer.Option(help="Above 1: make tokens seen before less likely.")
-    ] = None,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
     presence_penalty: Annotated[float, typer.Option(help="Subtracted from logits of tokens generated before.")] = 0.0,
     frequency_penalty: Annotated[float, typer.Option(help="Subtracted for each time a token was generated.")] = 0.0,
     stop: Annotated[list[str] | None, typer.Option(help="A text that ends the answer; may be repeated.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Same seed, same text.")] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Of parameters and computation.")] = None,
+    seed: Seed = None,
+    dtype: ComputeDtype = None,
 ) -> None:
     """Continue texts. One prompt is streamed as it grows; several are printed as they are done."""
     texts = _prompts(prompts or [], prompts_file)
@@ -139,18 +145,14 @@ def _prompts(given: list[str], file: Path | None) -> list[str]:
 def chat(
     ref: Ref,
     system: Annotated[str | None, typer.Option(help="What the model is told before the conversation.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens of an answer at most.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 = the likeliest token each time.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens.")] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Draw from the likeliest tokens of this total probability.")
-    ] = None,
-    min_p: Annotated[float | None, typer.Option(help="Draw from tokens of this share of the likeliest one's.")] = None,
-    repetition_penalty: Annotated[
-        float | None, typer.Option(help="Above 1: make tokens seen before less likely.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Same seed, same answers.")] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Of parameters and computation.")] = None,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    seed: Seed = None,
+    dtype: ComputeDtype = None,
 ) -> None:
     """Talk with a model. Each line of standard input is a turn; /help lists the commands."""
     from jaxformers.api import load
