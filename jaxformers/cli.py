@@ -29,7 +29,7 @@ app.add_typer(bench_app, name="bench")
 Ref = Annotated[
     str,
     typer.Argument(
-        help="A Hugging Face directory, a .gguf file, a hub id (ORG/NAME or ORG/NAME@REVISION), a run, or one of its checkpoints."
+        help="A Hugging Face directory, a .gguf file, a hub id (ORG/NAME or ORG/NAME@REVISION), a run or a checkpoint."
     ),
 ]
 
@@ -47,6 +47,7 @@ TopP = Annotated[float | None, typer.Option(help="Draw from the likeliest tokens
 MinP = Annotated[float | None, typer.Option(help="Draw from tokens of this share of the likeliest one's.")]
 RepetitionPenalty = Annotated[float | None, typer.Option(help="Above 1: make tokens seen before less likely.")]
 Seed = Annotated[int | None, typer.Option(help="Same seed, same text.")]
+Ema = Annotated[bool, typer.Option("--ema", help="Of a run: the moving average of its parameters.")]
 ComputeDtype = Annotated[Dtype | None, typer.Option(help="Of parameters and computation.")]
 
 
@@ -97,12 +98,13 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="A text that ends the answer; may be repeated.")] = None,
     seed: Seed = None,
     dtype: ComputeDtype = None,
+    ema: Ema = False,
 ) -> None:
     """Continue texts. One prompt is streamed as it grows; several are printed as they are done."""
     texts = _prompts(prompts or [], prompts_file)
     import jaxformers as jf
 
-    model = jf.load(ref, dtype=dtype)
+    model = jf.load(ref, dtype=dtype, ema=ema)
     settings = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -153,6 +155,7 @@ def chat(
     repetition_penalty: RepetitionPenalty = None,
     seed: Seed = None,
     dtype: ComputeDtype = None,
+    ema: Ema = False,
 ) -> None:
     """Talk with a model. Each line of standard input is a turn; /help lists the commands."""
     from jaxformers.api import load
@@ -167,7 +170,7 @@ def chat(
         "repetition_penalty": repetition_penalty,
         "seed": seed,
     }
-    converse(Conversation(load(ref, dtype=dtype), system=system, **settings))
+    converse(Conversation(load(ref, dtype=dtype, ema=ema), system=system, **settings))
 
 
 @app.command()
@@ -176,13 +179,14 @@ def convert(
     destination: Annotated[Path, typer.Argument(help="The Hugging Face directory to write.")],
     dtype: Annotated[Dtype | None, typer.Option(help="Of the written weights; none: as they are.")] = None,
     max_shard_size: Annotated[float, typer.Option(help="GB of weights in a file at most.", min=0.001)] = 5.0,
+    ema: Ema = False,
 ) -> None:
     """Write a model as a Hugging Face directory, which transformers opens."""
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ValueError(f"{destination} exists and is not an empty directory; choose another destination")
     import jaxformers as jf
 
-    model = jf.load(source)
+    model = jf.load(source, ema=ema)
     jf.save_pretrained(model, destination, dtype=dtype, max_shard_bytes=int(max_shard_size * 1e9))
     print(f"{destination}: {model.config.family}, {jf.count_params(model.config):,} parameters", file=sys.stderr)
 

@@ -547,6 +547,14 @@ def test_convert_writes_what_transformers_opens(run, trained, tmp_path):
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= names
 
 
+def test_a_moving_average_that_is_not_there_is_refused(run, trained, exported, tmp_path):
+    for ref in (trained(), exported()):
+        done = run("convert", ref, tmp_path / "out", "--ema")
+        assert (done.code, done.err.count("\n")) == (2, 1)
+        assert "train.ema_decay" in done.err
+        assert not (tmp_path / "out").exists()
+
+
 def test_convert_cuts_weights_into_files_of_a_size(run, exported, tmp_path):
     assert run("convert", exported(), tmp_path / "out", "--max-shard-size", "0.001").code == 0
     assert jf.load(tmp_path / "out").config == jf.load(exported()).config
