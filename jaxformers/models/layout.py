@@ -15,7 +15,6 @@ from jaxformers.models.config import ModelConfig, plan_stacks
 from jaxformers.models.params import Params, layer_spec, model_spec, path_name
 from jaxformers.models.weights import OutputMajor, concat_outputs
 
-
 ROUTING = ("router", "router_b", "select_b")  # computed in float32 whatever the rest is, so kept as they are
 
 
