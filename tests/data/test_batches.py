@@ -227,4 +227,5 @@ def test_two_processes_build_the_batch_of_one_on_any_mesh(config, bytes_tokenize
         for process in range(2)
     ]
     answers = [process.communicate(timeout=120) for process in processes]
-    assert [out.strip().splitlines()[-1:] for out, _ in answers] == [["equal"]] * 2, answers
+    # The library beneath speaks on standard output, too.
+    assert all("equal" in out.splitlines() for out, _ in answers), answers
