@@ -23,7 +23,7 @@ from jaxformers.models.attention import MASKED, Scores, alibi_slopes
 from jaxformers.models.layers import softcap
 from jaxformers.models.masks import Visibility
 
-BLOCK = 512
+BLOCK = 256
 # Where what fills up a last block stands: such a query is before every key, such a key after every query.
 NOWHERE, NEVER = -1, 2**30
 
