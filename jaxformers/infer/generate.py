@@ -68,7 +68,7 @@ def decode_runtime(mesh: Mesh, dtype: Any = jnp.float32) -> Runtime:
     return Runtime(
         dtype=jnp.dtype(dtype),
         layers="unroll",
-        shard=sharder(mesh),
+        shard=sharder(mesh, whole=("seq",)),  # a context axis only holds copies here
         gather=gatherer(mesh),
         attend=single_query if on_cpu else dot_product,
     )

@@ -22,7 +22,7 @@ from jaxformers.models.runtime import no_gather, no_shard
 log = logging.getLogger(__name__)
 
 AXES = ("pp", "dp", "fsdp", "ep", "cp", "tp")  # outermost first: slow links left, fast links right
-WORKING = ("dp", "fsdp", "tp")
+WORKING = ("dp", "fsdp", "cp", "tp")
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("dp", "fsdp", "ep"),
     "seq": ("cp",),
@@ -132,12 +132,14 @@ def batch_shards(mesh_sizes: Mapping[str, int]) -> int:
     return math.prod(mesh_sizes[axis] for axis in RULES["batch"])
 
 
-def sharder(mesh: Mesh) -> Callable[..., jax.Array]:
-    """The `shard` of a `Runtime`: `shard(x, "batch", "seq", None)` pins an activation to its place."""
+def sharder(mesh: Mesh, *, whole: Sequence[str] = ()) -> Callable[..., jax.Array]:
+    """The `shard` of a `Runtime`: `shard(x, "batch", "seq", None)` pins an activation to its place. Dims named in
+    `whole` are not split."""
     if mesh.size == 1:
         return no_shard
 
     def shard(x: jax.Array, *axes: str | None) -> jax.Array:
+        axes = tuple(None if axis in whole else axis for axis in axes)
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec_of(axes, x.shape, mesh)))
 
     return shard

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -20,6 +21,7 @@ from jaxformers.models.config import ModelConfig
 from jaxformers.models.layout import block_spec, stack, unstack
 from jaxformers.models.params import Params, flops_per_token, init_params, model_spec
 from jaxformers.models.runtime import Runtime
+from jaxformers.parallel.context import column_order, make_attend
 from jaxformers.parallel.hardware import peak_flops
 from jaxformers.parallel.mesh import gatherer, sharder
 from jaxformers.train.config import LossConfig, OptimizerConfig, RuntimeConfig, ScheduleConfig, TrainConfig
@@ -35,8 +37,8 @@ RUN_ONCE = {"xla_backend_optimization_level": 1}
 UNROLLED_LAYERS = 32  # deeper models compile too long when every layer is its own code
 
 
-def make_runtime(config: RuntimeConfig, cfg: ModelConfig, mesh: Mesh) -> Runtime:
-    """The runtime of a training step on this mesh.
+def make_runtime(config: RuntimeConfig, cfg: ModelConfig, mesh: Mesh, *, sequence_length: int) -> Runtime:
+    """The runtime of a training step over rows of `sequence_length` tokens on this mesh.
 
     On CPU, `auto` unrolls layers, as scanned weights are copied every step, unless memory is to be saved by
     recomputation: XLA:CPU keeps everything of an unrolled model alive, and so that pair is refused.
@@ -47,8 +49,16 @@ def make_runtime(config: RuntimeConfig, cfg: ModelConfig, mesh: Mesh) -> Runtime
     if layers == "auto":
         unrolls = on_cpu and config.remat == "none" and cfg.num_layers <= UNROLLED_LAYERS
         layers = "unroll" if unrolls else "scan"
+    attend = make_attend(
+        config.attention, config.context, mesh, num_heads=cfg.num_heads, sequence_length=sequence_length
+    )
     return Runtime(
-        dtype=jnp.dtype(config.dtype), remat=config.remat, layers=layers, shard=sharder(mesh), gather=gatherer(mesh)
+        dtype=jnp.dtype(config.dtype),
+        remat=config.remat,
+        layers=layers,
+        shard=sharder(mesh),
+        gather=gatherer(mesh),
+        attend=attend,
     )
 
 
@@ -80,7 +90,7 @@ class Trainer:
 
     @cached_property
     def _runtime(self) -> Runtime:
-        return make_runtime(self.runtime, self.cfg, self.mesh)
+        return make_runtime(self.runtime, self.cfg, self.mesh, sequence_length=self.sequence_length)
 
     @cached_property
     def _spec(self) -> Params:
@@ -103,6 +113,11 @@ class Trainer:
     @cached_property
     def _places(self) -> TrainState:
         return state_shardings(abstract_state(self._spec, self.tx, self.mesh, ema=self._ema))
+
+    @cached_property
+    def column_order(self) -> np.ndarray | None:
+        """The order in which the tokens of a row go to the devices, int64 [T]; None = as they come."""
+        return column_order(self.runtime.context, self.mesh.shape["cp"], self.sequence_length)
 
     def init(self, seed: int) -> TrainState:
         """A fresh state with random parameters; every device makes only its own part."""
@@ -167,5 +182,6 @@ class Trainer:
     def _with_settings(self, function: Callable[..., Any], *, rows: int) -> Callable[..., Any]:
         """The function with what this run's settings say, for `rows` at a time."""
         length, vocab = self.sequence_length, self.cfg.vocab_size
-        chunk = chunk_length(self.loss, rows=rows, length=length, vocab_size=vocab, devices=self.mesh.size)
+        devices, cp = self.mesh.size, self.mesh.shape["cp"]
+        chunk = chunk_length(self.loss, rows=rows, length=length, vocab_size=vocab, devices=devices, context_shards=cp)
         return partial(function, cfg=self.cfg, runtime=self._runtime, config=self.loss, chunk=chunk)

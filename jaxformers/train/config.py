@@ -25,6 +25,16 @@ class RuntimeConfig(BaseModel):
         "auto",
         description="One compiled body for equal layers, or every layer unrolled; auto unrolls up to 32 layers on CPU.",
     )
+    attention: Literal["auto", "dot_product", "blockwise"] = Field(
+        "auto",
+        description="Over whole rows at once, or block by block in memory that grows with the length alone; auto: "
+        "block by block from 2048 tokens on.",
+    )
+    context: Literal["auto", "ring", "ulysses"] = Field(
+        "auto",
+        description="How mesh.cp splits a sequence: keys travel around a ring, or devices trade tokens for heads; "
+        "auto: ring.",
+    )
 
 
 class OptimizerConfig(BaseModel):

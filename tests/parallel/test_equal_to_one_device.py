@@ -54,6 +54,14 @@ MODELS = {
     },
     "windows, soft caps, tied": DENSE
     | {"model_type": "gemma2", "sliding_window": 5, "query_pre_attn_scalar": 8, "tie_word_embeddings": True},
+    "sinks and windows": DENSE
+    | {
+        "model_type": "gpt_oss",
+        "sliding_window": 5,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 150000.0},
+    },
     # Neither the vocabulary, nor heads, nor widths are a multiple of any mesh here.
     "odd": DENSE
     | {
@@ -84,10 +92,12 @@ class Case:
     layers: str = "scan"
     remat: str = "none"
     chunk: int | str = "none"
+    context: str = "auto"
 
     def __str__(self) -> str:
         axes = " x ".join(f"{axis}{size}" for axis, size in self.mesh.items() if size > 1) or "one device"
         extras = [f"accumulation {self.accumulation}", self.layers, f"remat {self.remat}", f"chunk {self.chunk}"]
+        extras += [self.context] if self.context != "auto" else []
         return f"{self.model} on {axes}, {', '.join(extras)}"
 
 
@@ -103,7 +113,7 @@ def trainer_of(case: Case) -> Trainer:
         make_mesh(config, devices=jax.devices()[:count]),
         LENGTH,
         train=TrainConfig(steps=10, batch_size=ROWS, accumulation=case.accumulation),
-        runtime=RuntimeConfig(layers=case.layers, remat=case.remat),
+        runtime=RuntimeConfig(layers=case.layers, remat=case.remat, context=case.context),
         optimizer=OptimizerConfig(learning_rate=1e-2, eps=1e-3, clip_norm=0.5),
         schedule=ScheduleConfig(warmup_steps=2),
         loss=LossConfig(chunk=case.chunk, z_loss=1e-3, balance_loss=0.01, router_z_loss=1e-3),
@@ -118,6 +128,8 @@ def placed_state(trainer: Trainer) -> Any:
 
 
 def place(batch: dict[str, np.ndarray], trainer: Trainer) -> dict[str, jax.Array]:
+    if trainer.column_order is not None:
+        batch = {name: a[:, trainer.column_order] for name, a in batch.items()}
     return {name: jax.device_put(a, batch_sharding(a.shape, trainer.mesh)) for name, a in batch.items()}
 
 
