@@ -20,8 +20,10 @@ from jaxformers.models.config import ModelConfig
 from jaxformers.models.layout import block_spec, stack, unstack
 from jaxformers.models.params import Params, flops_per_token, init_params, model_spec
 from jaxformers.models.runtime import Runtime
+from jaxformers.parallel.experts import mesh_experts
 from jaxformers.parallel.hardware import peak_flops
 from jaxformers.parallel.mesh import gatherer, sharder
+from jaxformers.train.balance import check_expert_bias, shift_expert_biases
 from jaxformers.train.config import LossConfig, OptimizerConfig, RuntimeConfig, ScheduleConfig, TrainConfig
 from jaxformers.train.loop import Program
 from jaxformers.train.losses import chunk_length, eval_sums, lm_loss
@@ -47,8 +49,14 @@ def make_runtime(config: RuntimeConfig, cfg: ModelConfig, mesh: Mesh) -> Runtime
     if layers == "auto":
         unrolls = on_cpu and config.remat == "none" and cfg.num_layers <= UNROLLED_LAYERS
         layers = "unroll" if unrolls else "scan"
+    experts = mesh_experts(mesh, cfg, dispatch=config.experts, capacity_factor=config.capacity_factor)
     return Runtime(
-        dtype=jnp.dtype(config.dtype), remat=config.remat, layers=layers, shard=sharder(mesh), gather=gatherer(mesh)
+        dtype=jnp.dtype(config.dtype),
+        remat=config.remat,
+        layers=layers,
+        shard=sharder(mesh),
+        gather=gatherer(mesh, leave=("experts",)),
+        experts=experts,
     )
 
 
@@ -68,6 +76,7 @@ class Trainer:
     def check(self) -> None:
         """ValueError for settings that do not fit each other, before anything is compiled."""
         _ = self.learning_rate, self._runtime
+        check_expert_bias(self.cfg, rate=self.loss.expert_bias_rate)
 
     @cached_property
     def learning_rate(self) -> optax.Schedule:
@@ -153,6 +162,7 @@ class Trainer:
             accumulation=self.train.accumulation,
             clip_norm=self.optimizer.clip_norm,
             ema_decay=self.train.ema_decay,
+            balance=self._balance,
         )
         peak = peak_flops(self.mesh.devices.flat[0], self.runtime.dtype)
         return Program(
@@ -163,6 +173,11 @@ class Trainer:
             flops_per_token=flops_per_token(self.cfg, self.sequence_length),
             peak_flops=None if peak is None else peak * self.mesh.size,
         )
+
+    @property
+    def _balance(self) -> Callable[[Params, jax.Array], Params] | None:
+        rate = self.loss.expert_bias_rate
+        return partial(shift_expert_biases, cfg=self.cfg, rate=rate) if rate else None
 
     def _with_settings(self, function: Callable[..., Any], *, rows: int) -> Callable[..., Any]:
         """The function with what this run's settings say, for `rows` at a time."""
