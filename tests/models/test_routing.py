@@ -197,7 +197,9 @@ def test_the_balance_of_one_row_leaves_padding_out_as_the_reference_does():
 def test_router_z_is_the_sum_of_squared_logsumexps():
     p, x = weights(PLAIN), inputs()
     routing, stats = stats_of(p, x, PLAIN)
-    expected = sum(math.log(sum(math.exp(v) for v in row)) ** 2 for row in np.asarray(routing.logits, np.float64).reshape(-1, E))
+    expected = sum(
+        math.log(sum(math.exp(v) for v in row)) ** 2 for row in np.asarray(routing.logits, np.float64).reshape(-1, E)
+    )
     np.testing.assert_allclose(stats.router_z, expected, rtol=1e-6)
 
 
