@@ -20,7 +20,7 @@ from jaxformers.models.layers import named_norm, softcap
 from jaxformers.models.layout import unstack
 from jaxformers.models.params import Params, layer_spec, model_spec
 from jaxformers.models.rope import rotations
-from jaxformers.models.routing import MoEStats
+from jaxformers.models.routing import MoEStats, join_layers
 from jaxformers.models.runtime import Runtime
 from jaxformers.models.weights import linear, lookup, output_lengths, transposed_linear
 
@@ -30,7 +30,7 @@ MIXERS = {"gqa": gqa, "mla": mla, "query": gqa}
 @flax.struct.dataclass
 class Hidden:
     """What the layers made: x [B, T, D] before the final norm, the cache with this call's keys, and the experts'
-    sums."""
+    sums, leaves [sparse layers, ...]."""
 
     x: jax.Array
     cache: Cache | None = None
@@ -117,21 +117,18 @@ def hidden_states(
     x = embed(params, cfg, tokens, positions, runtime)
     if "blocks" in params:
         return _run_blocks(params["blocks"], x, ctx, cfg, runtime, cache)
-    stats = MoEStats.zeros(cfg.moe) if cfg.moe else None
+    found: list[MoEStats] = []
     for stack, layers in zip(plan_stacks(cfg.layers), params["layers"], strict=True):
-        x, stats = _scan_stack(layers, x, stats, ctx, cfg, runtime, stack)
-    return Hidden(x, moe=stats)
-
-
-def _add(total: Any, new: Any) -> Any:
-    return total if new is None else jax.tree.map(jnp.add, total, new)
+        x, stats = _scan_stack(layers, x, ctx, cfg, runtime, stack)
+        found += [] if stats is None else [stats]
+    return Hidden(x, moe=jax.tree.map(lambda *a: jnp.concatenate(a), *found) if found else None)
 
 
 def _run_blocks(
     blocks: list[Params], x: jax.Array, ctx: Context, cfg: ModelConfig, runtime: Runtime, cache: Cache | None
 ) -> Hidden:
     """Every layer from buffers of its own, one after the other."""
-    stats = MoEStats.zeros(cfg.moe) if cfg.moe else None
+    found: list[MoEStats] = []
     new_cache: Cache = []
     for i, (kind, p) in enumerate(zip(cfg.layers, blocks, strict=True)):
 
@@ -139,17 +136,16 @@ def _run_blocks(
             p = runtime.gather(p, layer_spec(cfg, kind))
             return block(p, x, ctx, cfg, kind, entry)
 
-        x, entry, layer_stats = runtime.rematerialize(body)(p, x, None if cache is None else cache[i])
-        stats = _add(stats, layer_stats)
+        x, entry, stats = runtime.rematerialize(body)(p, x, None if cache is None else cache[i])
+        found += [] if stats is None else [stats]
         if entry is not None:
             new_cache.append(entry)
-    return Hidden(x, None if cache is None else new_cache, stats)
+    return Hidden(x, None if cache is None else new_cache, join_layers(found))
 
 
 def _scan_stack(
     layers: list[Params],
     x: jax.Array,
-    stats: MoEStats | None,
     ctx: Context,
     cfg: ModelConfig,
     runtime: Runtime,
@@ -157,15 +153,16 @@ def _scan_stack(
 ) -> tuple[jax.Array, MoEStats | None]:
     """One compiled body for all repeats of a stack's pattern; layers' leaves are [repeats, ...]."""
 
-    def body(carry: tuple[jax.Array, MoEStats | None], repeat: list[Params]) -> tuple[Any, None]:
-        x, stats = carry
+    def body(x: jax.Array, repeat: list[Params]) -> tuple[jax.Array, MoEStats | None]:
+        found: list[MoEStats] = []
         for p, kind in zip(repeat, stack.pattern, strict=True):
             p = runtime.gather(p, layer_spec(cfg, kind))
-            x, _, layer_stats = block(p, x, ctx, cfg, kind, None)
-            stats = _add(stats, layer_stats)
-        return (x, stats), None
+            x, _, stats = block(p, x, ctx, cfg, kind, None)
+            found += [] if stats is None else [stats]
+        return x, join_layers(found)
 
-    return jax.lax.scan(runtime.rematerialize(body), (x, stats), layers)[0]
+    x, stats = jax.lax.scan(runtime.rematerialize(body), x, layers)
+    return x, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), stats)  # [repeats, in the pattern, ...]
 
 
 def forward(

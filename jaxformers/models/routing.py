@@ -16,7 +16,7 @@ from jaxformers.models.params import Params
 
 
 class Routing(NamedTuple):
-    """weights float32 [M, k] and experts int32 [M, k] of each token; router logits and scores float32 [M, E]."""
+    """weights float32 [..., k] and experts int32 [..., k] of each token; router logits and scores float32 [..., E]."""
 
     weights: jax.Array
     experts: jax.Array
@@ -26,26 +26,32 @@ class Routing(NamedTuple):
 
 @flax.struct.dataclass
 class MoEStats:
-    """Sums over the valid tokens of a batch, to be divided by (tokens x sparse layers).
+    """Sums over the valid tokens of a batch, of one sparse layer or, with a leading dim, of each.
 
     balance: each row's load-balance loss E sum_e f_e P_e times its tokens, where f_e is the number of visits to
     expert e per token and P_e its mean score (arXiv:2101.03961, taken a row at a time as in arXiv:2412.19437, so
     that the sum does not depend on how rows are batched). router_z: sum of logsumexp(logits)^2 (arXiv:2202.08906).
-    load: visits [E].
+    load: visits [E]. scores: router scores [E], each token's summing to one. dropped: visits that found no room.
     """
 
     balance: jax.Array
     router_z: jax.Array
     load: jax.Array
+    scores: jax.Array
+    dropped: jax.Array
 
-    @classmethod
-    def zeros(cls, m: MoE) -> MoEStats:
-        zero = jnp.zeros((), jnp.float32)
-        return cls(zero, zero, jnp.zeros(m.num_experts, jnp.float32))
+    def batch_balance(self, tokens: jax.Array) -> jax.Array:
+        """The load-balance loss of all `tokens` of the batch at once, times their number (arXiv:2501.11873)."""
+        return self.load.shape[-1] * (self.load * self.scores).sum(axis=-1) / tokens
+
+
+def join_layers(layers: list[MoEStats]) -> MoEStats | None:
+    """The statistics of each layer as one, leaves [layers, ...]; None of no layers."""
+    return jax.tree.map(lambda *a: jnp.stack(a), *layers) if layers else None
 
 
 def route(p: Params, x: jax.Array, m: MoE) -> Routing:
-    """The experts of each token. x [M, D]; router logits and scores are float32 whatever x is."""
+    """The experts of each token. x [..., D]; router logits and scores are float32 whatever x is."""
     # At full precision on every device: a rounded logit would send tokens to other experts.
     weight = p["router"].astype(jnp.float32)
     logits = jnp.matmul(x.astype(jnp.float32), weight, precision=jax.lax.Precision.HIGHEST)
@@ -67,7 +73,7 @@ def route(p: Params, x: jax.Array, m: MoE) -> Routing:
 
 
 def _sparse_mixer(logits: jax.Array, m: MoE) -> tuple[jax.Array, jax.Array]:
-    """Weights and experts [M, 2]: each expert is weighed by a softmax over the logits near its own, the second one
+    """Weights and experts [..., 2]: each expert is weighed by a softmax over the logits near its own, the second one
     with the first left out.
 
     This is the reference implementation's inference; its training draws experts at random instead.
@@ -80,29 +86,40 @@ def _sparse_mixer(logits: jax.Array, m: MoE) -> tuple[jax.Array, jax.Array]:
         gates = jax.nn.softmax(jnp.where(distance > 2 * m.jitter, -jnp.inf, candidates), axis=-1)
         weights.append(jnp.take_along_axis(gates, best, axis=-1))
         experts.append(best.astype(jnp.int32))
-        chosen = jax.nn.one_hot(best[:, 0], m.num_experts, dtype=bool)
+        chosen = jax.nn.one_hot(best[..., 0], m.num_experts, dtype=bool)
         candidates = jnp.where(chosen, -jnp.inf, logits)
     return jnp.concatenate(weights, axis=-1), jnp.concatenate(experts, axis=-1)
 
 
 def _limit_groups(preference: jax.Array, m: MoE) -> jax.Array:
-    """Preferences [M, E] with those outside each token's best groups ruled out (device-limited routing,
+    """Preferences [..., E] with those outside each token's best groups ruled out (device-limited routing,
     arXiv:2405.04434)."""
     if m.groups == 1:
         return preference
-    grouped = preference.reshape(-1, m.groups, m.num_experts // m.groups)
+    grouped = preference.reshape(*preference.shape[:-1], m.groups, m.num_experts // m.groups)
     best = grouped.max(axis=-1) if m.group_score == "max" else jax.lax.top_k(grouped, 2)[0].sum(axis=-1)
-    kept = jax.nn.one_hot(jax.lax.top_k(best, m.top_groups)[1], m.groups).sum(axis=1)
+    kept = jax.nn.one_hot(jax.lax.top_k(best, m.top_groups)[1], m.groups).sum(axis=-2)
     return jnp.where(kept[..., None] > 0, grouped, -jnp.inf).reshape(preference.shape)
 
 
-def routing_stats(routing: Routing, shape: tuple[int, int], valid: jax.Array | None, m: MoE) -> MoEStats:
-    """The sums of one layer. shape is (B, T); valid bool [B, T] marks the tokens that count, None = all."""
-    mask = jnp.ones(shape, jnp.float32) if valid is None else valid.astype(jnp.float32)
-    visits = jax.nn.one_hot(routing.experts, m.num_experts).sum(axis=1).reshape(*shape, -1) * mask[..., None]
-    scores = routing.scores / routing.scores.sum(axis=-1, keepdims=True)
-    scores = scores.reshape(*shape, -1) * mask[..., None]
+def only_valid(routing: Routing, valid: jax.Array | None, m: MoE) -> tuple[jax.Array, jax.Array]:
+    """weights and experts of a routing in which padding visits no expert (index E), and so takes no one's room.
+
+    valid bool [...] marks the tokens that count, None = all.
+    """
+    if valid is None:
+        return routing.weights, routing.experts
+    chosen = valid[..., None]
+    return jnp.where(chosen, routing.weights, 0.0), jnp.where(chosen, routing.experts, m.num_experts)
+
+
+def routing_stats(routing: Routing, valid: jax.Array | None, m: MoE) -> MoEStats:
+    """The sums of one layer over a routing [B, T]; valid bool [B, T] marks the tokens that count, None = all."""
+    mask = jnp.ones(routing.logits.shape[:2], jnp.float32) if valid is None else valid.astype(jnp.float32)
+    visits = jax.nn.one_hot(routing.experts, m.num_experts).sum(axis=-2) * mask[..., None]
+    scores = routing.scores / routing.scores.sum(axis=-1, keepdims=True) * mask[..., None]
+    visits, scores = visits.sum(axis=1), scores.sum(axis=1)  # [B, E]
     tokens = jnp.maximum(mask.sum(axis=1), 1.0)  # [B]
-    balance = m.num_experts * (visits.sum(axis=1) * scores.sum(axis=1)).sum(axis=-1) / tokens
-    router_z = jnp.square(jax.nn.logsumexp(routing.logits, axis=-1)).reshape(shape) * mask
-    return MoEStats(balance.sum(), router_z.sum(), visits.sum(axis=(0, 1)))
+    balance = m.num_experts * (visits * scores).sum(axis=-1) / tokens
+    router_z = jnp.square(jax.nn.logsumexp(routing.logits, axis=-1)) * mask
+    return MoEStats(balance.sum(), router_z.sum(), visits.sum(axis=0), scores.sum(axis=0), jnp.zeros((), jnp.float32))

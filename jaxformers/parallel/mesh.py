@@ -22,7 +22,7 @@ from jaxformers.models.runtime import no_gather, no_shard
 log = logging.getLogger(__name__)
 
 AXES = ("pp", "dp", "fsdp", "ep", "cp", "tp")  # outermost first: slow links left, fast links right
-WORKING = ("dp", "fsdp", "cp", "tp")
+WORKING = ("dp", "fsdp", "ep", "cp", "tp")
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("dp", "fsdp", "ep"),
     "seq": ("cp",),
@@ -145,14 +145,17 @@ def sharder(mesh: Mesh, *, whole: Sequence[str] = ()) -> Callable[..., jax.Array
     return shard
 
 
-def gatherer(mesh: Mesh) -> Callable[[Params, Params], Params]:
+def gatherer(mesh: Mesh, *, leave: Sequence[str] = ()) -> Callable[[Params, Params], Params]:
     """The `gather` of a `Runtime`: weights sharded by fsdp come together where a layer uses them, and their
-    gradients are scattered back. Done here, at the top of a layer, XLA has no reason to gather activations instead."""
+    gradients are scattered back. Done here, at the top of a layer, XLA has no reason to gather activations instead.
+    Weights with a dim that `leave` names stay as they are, for a kernel that gathers its own."""
     if mesh.shape["fsdp"] == 1:
         return no_gather
     shard = sharder(mesh)
 
     def whole(spec: ParamSpec, w: jax.Array) -> jax.Array:
+        if any(axis in leave for axis in spec.axes):
+            return w
         return shard(w, *(None if axis == "embed" else axis for axis in spec.axes))
 
     return lambda params, specs: jax.tree.map(whole, specs, params)

@@ -22,8 +22,10 @@ from jaxformers.models.layout import block_spec, stack, unstack
 from jaxformers.models.params import Params, flops_per_token, init_params, model_spec
 from jaxformers.models.runtime import Runtime
 from jaxformers.parallel.context import column_order, make_attend
+from jaxformers.parallel.experts import mesh_experts
 from jaxformers.parallel.hardware import peak_flops
 from jaxformers.parallel.mesh import gatherer, sharder
+from jaxformers.train.balance import check_expert_bias, shift_expert_biases
 from jaxformers.train.config import LossConfig, OptimizerConfig, RuntimeConfig, ScheduleConfig, TrainConfig
 from jaxformers.train.loop import Program
 from jaxformers.train.losses import chunk_length, eval_sums, lm_loss
@@ -52,13 +54,15 @@ def make_runtime(config: RuntimeConfig, cfg: ModelConfig, mesh: Mesh, *, sequenc
     attend = make_attend(
         config.attention, config.context, mesh, num_heads=cfg.num_heads, sequence_length=sequence_length
     )
+    experts = mesh_experts(mesh, cfg, dispatch=config.experts, capacity_factor=config.capacity_factor)
     return Runtime(
         dtype=jnp.dtype(config.dtype),
         remat=config.remat,
         layers=layers,
         shard=sharder(mesh),
-        gather=gatherer(mesh),
+        gather=gatherer(mesh, leave=("experts",)),
         attend=attend,
+        experts=experts,
     )
 
 
@@ -78,6 +82,7 @@ class Trainer:
     def check(self) -> None:
         """ValueError for settings that do not fit each other, before anything is compiled."""
         _ = self.learning_rate, self._runtime
+        check_expert_bias(self.cfg, rate=self.loss.expert_bias_rate)
 
     @cached_property
     def learning_rate(self) -> optax.Schedule:
@@ -168,6 +173,7 @@ class Trainer:
             accumulation=self.train.accumulation,
             clip_norm=self.optimizer.clip_norm,
             ema_decay=self.train.ema_decay,
+            balance=self._balance,
         )
         peak = peak_flops(self.mesh.devices.flat[0], self.runtime.dtype)
         return Program(
@@ -178,6 +184,11 @@ class Trainer:
             flops_per_token=flops_per_token(self.cfg, self.sequence_length),
             peak_flops=None if peak is None else peak * self.mesh.size,
         )
+
+    @property
+    def _balance(self) -> Callable[[Params, jax.Array], Params] | None:
+        rate = self.loss.expert_bias_rate
+        return partial(shift_expert_biases, cfg=self.cfg, rate=rate) if rate else None
 
     def _with_settings(self, function: Callable[..., Any], *, rows: int) -> Callable[..., Any]:
         """The function with what this run's settings say, for `rows` at a time."""

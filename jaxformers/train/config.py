@@ -35,6 +35,17 @@ class RuntimeConfig(BaseModel):
         description="How mesh.cp splits a sequence: keys travel around a ring, or devices trade tokens for heads; "
         "auto: ring.",
     )
+    experts: Literal["auto", "allgather", "alltoall"] = Field(
+        "auto",
+        description="How tokens reach experts on other devices (mesh.ep): every device sees all tokens, or each token "
+        "is sent where it is needed; auto: alltoall where capacity_factor is set, else allgather.",
+    )
+    capacity_factor: float | None = Field(
+        None,
+        gt=0,
+        description="alltoall: room for a device's tokens on another, relative to an even spread; the rest is dropped "
+        "and counted. null: none is dropped, which needs a backend with ragged_all_to_all.",
+    )
 
 
 class OptimizerConfig(BaseModel):
@@ -79,7 +90,16 @@ class LossConfig(BaseModel):
     )
     z_loss: float = Field(0.0, ge=0, description="Weight of logsumexp(logits)^2 (arXiv:2204.02311).")
     balance_loss: float = Field(1e-3, ge=0, description="Weight of the experts' load-balance loss.")
+    balance_over: Literal["row", "batch"] = Field(
+        "row", description="Balance experts within each row, or over all rows of a microbatch (arXiv:2501.11873)."
+    )
     router_z_loss: float = Field(0.0, ge=0, description="Weight of the router's z-loss (arXiv:2202.08906).")
+    expert_bias_rate: float = Field(
+        0.0,
+        ge=0,
+        description="How far an update moves the selection bias of an expert with less (or more) than its share of "
+        "tokens (arXiv:2408.15664); for models that have such a bias.",
+    )
 
     @model_validator(mode="after")
     def _positive_chunk(self) -> LossConfig:

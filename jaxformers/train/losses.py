@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxformers.models.config import ModelConfig
 from jaxformers.models.decoder import gather_shared, hidden_states, unembed
 from jaxformers.models.params import Params
+from jaxformers.models.routing import MoEStats
 from jaxformers.models.runtime import Runtime
 from jaxformers.train.config import LossConfig
 
@@ -38,7 +39,8 @@ class Totals:
 @flax.struct.dataclass
 class Sums:
     """Sums over a batch's targets: negative log-likelihood in nats, logsumexp^2, hits of the likeliest token,
-    weights; and over its tokens and sparse layers: the experts' losses and load (None without experts)."""
+    weights; and over its tokens and sparse layers: the experts' losses, visits that were dropped, and load [sparse
+    layers, E] (None without experts)."""
 
     nll: jax.Array
     z: jax.Array
@@ -46,6 +48,7 @@ class Sums:
     weight: jax.Array
     balance: jax.Array | None = None
     router_z: jax.Array | None = None
+    dropped: jax.Array | None = None
     load: jax.Array | None = None
 
 
@@ -82,11 +85,17 @@ def lm_loss(
     loss, sums = head_loss(head, hidden.x, batch, cfg, runtime, z_weight=config.z_loss, chunk=chunk)
     loss /= totals.weight
     if hidden.moe is not None:
-        layers = sum(kind.ffn == "moe" for kind in cfg.layers)
-        experts = config.balance_loss * hidden.moe.balance + config.router_z_loss * hidden.moe.router_z
-        loss += experts / (totals.tokens * layers)
-        sums = sums.replace(balance=hidden.moe.balance, router_z=hidden.moe.router_z, load=hidden.moe.load)
+        balance, router_z = expert_losses(hidden.moe, Totals.of(batch).tokens, config)
+        loss += (config.balance_loss * balance + config.router_z_loss * router_z) / totals.tokens
+        dropped = hidden.moe.dropped.sum()
+        sums = sums.replace(balance=balance, router_z=router_z, dropped=dropped, load=hidden.moe.load)
     return loss, sums
+
+
+def expert_losses(stats: MoEStats, tokens: jax.Array, config: LossConfig) -> tuple[jax.Array, jax.Array]:
+    """Load-balance loss and router z-loss, summed over this microbatch's `tokens` and averaged over sparse layers."""
+    balance = stats.balance if config.balance_over == "row" else stats.batch_balance(tokens)
+    return balance.mean(), stats.router_z.mean()
 
 
 def eval_sums(

@@ -56,10 +56,12 @@ def make_train_step(
     accumulation: int = 1,
     clip_norm: float | None = None,
     ema_decay: float | None = None,
+    balance: Callable[[Params, jax.Array], Params] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The function (state, batch) -> (state after one update, metrics as float32 scalars).
 
     schedule is the one `tx` follows, to be reported. grad_norm is the global norm before clipping to `clip_norm`.
+    balance(parameters, load [sparse layers, E]) moves, after the optimizer, what it does not: experts' biases.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -71,6 +73,8 @@ def make_train_step(
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
             rate = jnp.asarray(schedule(state.step), jnp.float32)
         params = optax.apply_updates(state.params, updates)
+        if balance is not None:
+            params = balance(params, sums.load)
         ema = state.ema
         if ema is not None and ema_decay is not None:
             ema = jax.tree.map(lambda e, p: ema_decay * e + (1 - ema_decay) * p, ema, params)
@@ -84,6 +88,7 @@ def mean_metrics(sums: Sums, totals: Totals) -> Metrics:
     """Per-target means: `loss` is the cross-entropy in nats, `accuracy` the share of targets that were likeliest."""
     metrics = {"loss": sums.nll / totals.weight, "accuracy": sums.correct / totals.weight, "targets": sums.weight}
     if sums.load is not None:
-        # The busiest expert's load relative to an even one: 1 is perfect balance.
-        metrics["expert_load_max"] = sums.load.max() / jnp.maximum(sums.load.mean(), 1e-9)
+        # The busiest expert's load relative to an even one, in the worst layer: 1 is perfect balance.
+        metrics["expert_load_max"] = (sums.load.max(axis=-1) / jnp.maximum(sums.load.mean(axis=-1), 1e-9)).max()
+        metrics["expert_dropped"] = sums.dropped / jnp.maximum(sums.load.sum(), 1.0)
     return metrics

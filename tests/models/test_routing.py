@@ -171,14 +171,14 @@ def test_routing_is_float32_whatever_the_activations_are():
 
 
 def stats_of(p, x, m, segment_ids=None):
-    routing = route(p, x.reshape(-1, D), m)
-    return routing, routing_stats(routing, x.shape[:2], None if segment_ids is None else segment_ids > 0, m)
+    routing = route(p, x, m)
+    return routing, routing_stats(routing, None if segment_ids is None else segment_ids > 0, m)
 
 
 def test_the_balance_of_one_row_is_the_references_load_balancing_loss():
     p, x = weights(PLAIN), inputs()[:1]
     routing, stats = stats_of(p, x, PLAIN)
-    logits = torch.from_numpy(np.array(routing.logits))
+    logits = torch.from_numpy(np.array(routing.logits).reshape(-1, E))
     truth = load_balancing_loss_func((logits,), E, PLAIN.top_k)
     np.testing.assert_allclose(stats.balance / T, truth, rtol=1e-6)
 
@@ -187,7 +187,7 @@ def test_the_balance_of_one_row_leaves_padding_out_as_the_reference_does():
     p, x = weights(PLAIN), inputs()[:1]
     segments = np.array([[1, 1, 2, 2, 0, 0]])
     routing, stats = stats_of(p, x, PLAIN, segments)
-    logits = torch.from_numpy(np.array(routing.logits))
+    logits = torch.from_numpy(np.array(routing.logits).reshape(-1, E))
     truth = load_balancing_loss_func((logits,), E, PLAIN.top_k, torch.from_numpy(segments > 0).long())
     np.testing.assert_allclose(stats.balance / 4, truth, rtol=1e-6)
     alone = stats_of(p, x[:, :4], PLAIN)[1]
@@ -197,7 +197,9 @@ def test_the_balance_of_one_row_leaves_padding_out_as_the_reference_does():
 def test_router_z_is_the_sum_of_squared_logsumexps():
     p, x = weights(PLAIN), inputs()
     routing, stats = stats_of(p, x, PLAIN)
-    expected = sum(math.log(sum(math.exp(v) for v in row)) ** 2 for row in np.asarray(routing.logits, np.float64))
+    expected = sum(
+        math.log(sum(math.exp(v) for v in row)) ** 2 for row in np.asarray(routing.logits, np.float64).reshape(-1, E)
+    )
     np.testing.assert_allclose(stats.router_z, expected, rtol=1e-6)
 
 

@@ -93,11 +93,13 @@ class Case:
     remat: str = "none"
     chunk: int | str = "none"
     context: str = "auto"
+    loss: tuple[tuple[str, Any], ...] = ()
 
     def __str__(self) -> str:
         axes = " x ".join(f"{axis}{size}" for axis, size in self.mesh.items() if size > 1) or "one device"
         extras = [f"accumulation {self.accumulation}", self.layers, f"remat {self.remat}", f"chunk {self.chunk}"]
         extras += [self.context] if self.context != "auto" else []
+        extras += [f"{name} {value}" for name, value in self.loss]
         return f"{self.model} on {axes}, {', '.join(extras)}"
 
 
@@ -116,7 +118,7 @@ def trainer_of(case: Case) -> Trainer:
         runtime=RuntimeConfig(layers=case.layers, remat=case.remat, context=case.context),
         optimizer=OptimizerConfig(learning_rate=1e-2, eps=1e-3, clip_norm=0.5),
         schedule=ScheduleConfig(warmup_steps=2),
-        loss=LossConfig(chunk=case.chunk, z_loss=1e-3, balance_loss=0.01, router_z_loss=1e-3),
+        loss=LossConfig(chunk=case.chunk, z_loss=1e-3, balance_loss=0.01, router_z_loss=1e-3, **dict(case.loss)),
     )
 
 
@@ -150,8 +152,8 @@ def train(case: Case) -> Run:
 
 
 @functools.cache
-def one_device(model: str) -> Run:
-    return train(Case(model, {}))
+def one_device(model: str, loss: tuple[tuple[str, Any], ...] = (), accumulation: int = 1) -> Run:
+    return train(Case(model, {}, accumulation, loss=loss))
 
 
 ONE: dict[str, int] = {}
@@ -202,7 +204,9 @@ MORE_CASES = [
 
 
 def assert_equal_to_one_device(case: Case) -> None:
-    found, truth = train(case), one_device(case.model)
+    over_microbatches = ("balance_over", "batch") in case.loss  # the one loss that accumulation changes
+    found = train(case)
+    truth = one_device(case.model, case.loss, case.accumulation if over_microbatches else 1)
     assert np.isfinite(truth.metrics).all()
     assert np.ptp(truth.metrics[:, 1]) > 0, "the run goes somewhere"
     np.testing.assert_allclose(found.metrics, truth.metrics, rtol=TOLERANCE)
@@ -236,3 +240,44 @@ def test_fsdp_keeps_an_eighth_of_every_matrix_and_moment_on_a_device_and_gathers
     program = compiled.as_text()
     assert "all-gather" in program
     assert "all-to-all" not in program
+
+
+EP2, EP4, EP2_TP2 = {"ep": 2}, {"ep": 4}, {"ep": 2, "tp": 2}
+EP2_FSDP2, DP2_EP2, DP2_EP2_TP2 = {"fsdp": 2, "ep": 2}, {"dp": 2, "ep": 2}, {"dp": 2, "ep": 2, "tp": 2}
+BIAS, GLOBAL = (("expert_bias_rate", 0.05),), (("balance_over", "batch"),)
+EP_CASES = [
+    Case("moe", EP2_TP2, accumulation=2),
+    Case("mla", EP2_FSDP2, remat="full", loss=BIAS),
+]
+MORE_EP_CASES = [
+    Case("moe", EP2),
+    Case("moe", EP4, accumulation=2),
+    Case("moe", EP2_FSDP2, layers="unroll"),
+    Case("moe", DP2_EP2, remat="dots"),
+    Case("moe", DP2_EP2, accumulation=2, chunk=8),
+    Case("moe", DP2_EP2_TP2, loss=GLOBAL),
+    Case("moe", EP2_FSDP2, accumulation=2, loss=GLOBAL),
+    Case("mla", EP4, accumulation=2, loss=BIAS),
+    Case("mla", DP2_EP2, layers="unroll", loss=BIAS),
+    Case("mla", EP2_TP2, remat="projections"),
+    Case("mla", ONE, accumulation=4, layers="unroll", loss=BIAS),
+]
+
+
+@pytest.mark.parametrize("case", EP_CASES, ids=str)
+def test_experts_spread_over_a_mesh_train_as_on_one_device(case):
+    assert_equal_to_one_device(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", MORE_EP_CASES, ids=str)
+def test_experts_spread_over_further_meshes_train_as_on_one_device(case):
+    assert_equal_to_one_device(case)
+
+
+def test_experts_stay_spread_while_training():
+    trainer = trainer_of(Case("moe", EP2_TP2))
+    for p in trainer.plain_state.params["layers"][0]:
+        for name in ("gate", "up", "down"):
+            held = p["ffn"][name].sharding.shard_shape(p["ffn"][name].shape)
+            assert np.prod(held) * 4 == np.prod(p["ffn"][name].shape)
