@@ -7,7 +7,7 @@ fastest from on CPU; whatever leaves a run (checkpoints, exports, users' models)
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -37,8 +37,8 @@ RUN_ONCE = {"xla_backend_optimization_level": 1}
 UNROLLED_LAYERS = 32  # deeper models compile too long when every layer is its own code
 
 
-def make_runtime(config: RuntimeConfig, cfg: ModelConfig, mesh: Mesh, *, sequence_length: int) -> Runtime:
-    """The runtime of a training step over rows of `sequence_length` tokens on this mesh.
+def make_runtime(config: RuntimeConfig, cfg: ModelConfig, mesh: Mesh) -> Runtime:
+    """The runtime of a training step on this mesh, with attention over whole rows.
 
     On CPU, `auto` unrolls layers, as scanned weights are copied every step, unless memory is to be saved by
     recomputation: XLA:CPU keeps everything of an unrolled model alive, and so that pair is refused.
@@ -49,16 +49,8 @@ def make_runtime(config: RuntimeConfig, cfg: ModelConfig, mesh: Mesh, *, sequenc
     if layers == "auto":
         unrolls = on_cpu and config.remat == "none" and cfg.num_layers <= UNROLLED_LAYERS
         layers = "unroll" if unrolls else "scan"
-    attend = make_attend(
-        config.attention, config.context, mesh, num_heads=cfg.num_heads, sequence_length=sequence_length
-    )
     return Runtime(
-        dtype=jnp.dtype(config.dtype),
-        remat=config.remat,
-        layers=layers,
-        shard=sharder(mesh),
-        gather=gatherer(mesh),
-        attend=attend,
+        dtype=jnp.dtype(config.dtype), remat=config.remat, layers=layers, shard=sharder(mesh), gather=gatherer(mesh)
     )
 
 
@@ -90,7 +82,10 @@ class Trainer:
 
     @cached_property
     def _runtime(self) -> Runtime:
-        return make_runtime(self.runtime, self.cfg, self.mesh, sequence_length=self.sequence_length)
+        heads, length = self.cfg.num_heads, self.sequence_length
+        settings = self.runtime.attention, self.runtime.context
+        attend = make_attend(*settings, self.mesh, num_heads=heads, sequence_length=length)
+        return replace(make_runtime(self.runtime, self.cfg, self.mesh), attend=attend)
 
     @cached_property
     def _spec(self) -> Params:
