@@ -82,9 +82,8 @@ class Trainer:
 
     @cached_property
     def _runtime(self) -> Runtime:
-        heads, length = self.cfg.num_heads, self.sequence_length
-        settings = self.runtime.attention, self.runtime.context
-        attend = make_attend(*settings, self.mesh, num_heads=heads, sequence_length=length)
+        kinds = self.runtime.attention, self.runtime.context
+        attend = make_attend(*kinds, self.cfg, self.mesh, length=self.sequence_length)
         return replace(make_runtime(self.runtime, self.cfg, self.mesh), attend=attend)
 
     @cached_property
@@ -112,7 +111,7 @@ class Trainer:
     @cached_property
     def column_order(self) -> np.ndarray | None:
         """The order in which the tokens of a row go to the devices, int64 [T]; None = as they come."""
-        return column_order(self.runtime.context, self.mesh.shape["cp"], self.sequence_length)
+        return column_order(self.runtime.context, self.cfg, self.mesh.shape, length=self.sequence_length)
 
     def init(self, seed: int) -> TrainState:
         """A fresh state with random parameters; every device makes only its own part."""
