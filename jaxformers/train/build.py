@@ -7,7 +7,7 @@ fastest from on CPU; whatever leaves a run (checkpoints, exports, users' models)
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -39,8 +39,8 @@ RUN_ONCE = {"xla_backend_optimization_level": 1}
 UNROLLED_LAYERS = 32  # deeper models compile too long when every layer is its own code
 
 
-def make_runtime(config: RuntimeConfig, cfg: ModelConfig, mesh: Mesh, *, sequence_length: int) -> Runtime:
-    """The runtime of a training step over rows of `sequence_length` tokens on this mesh.
+def make_runtime(config: RuntimeConfig, cfg: ModelConfig, mesh: Mesh) -> Runtime:
+    """The runtime of a training step on this mesh, with attention over whole rows.
 
     On CPU, `auto` unrolls layers, as scanned weights are copied every step, unless memory is to be saved by
     recomputation: XLA:CPU keeps everything of an unrolled model alive, and so that pair is refused.
@@ -51,9 +51,6 @@ def make_runtime(config: RuntimeConfig, cfg: ModelConfig, mesh: Mesh, *, sequenc
     if layers == "auto":
         unrolls = on_cpu and config.remat == "none" and cfg.num_layers <= UNROLLED_LAYERS
         layers = "unroll" if unrolls else "scan"
-    attend = make_attend(
-        config.attention, config.context, mesh, num_heads=cfg.num_heads, sequence_length=sequence_length
-    )
     experts = mesh_experts(mesh, cfg, dispatch=config.experts, capacity_factor=config.capacity_factor)
     return Runtime(
         dtype=jnp.dtype(config.dtype),
@@ -61,7 +58,6 @@ def make_runtime(config: RuntimeConfig, cfg: ModelConfig, mesh: Mesh, *, sequenc
         layers=layers,
         shard=sharder(mesh),
         gather=gatherer(mesh, leave=("experts",)),
-        attend=attend,
         experts=experts,
     )
 
@@ -95,7 +91,9 @@ class Trainer:
 
     @cached_property
     def _runtime(self) -> Runtime:
-        return make_runtime(self.runtime, self.cfg, self.mesh, sequence_length=self.sequence_length)
+        kinds = self.runtime.attention, self.runtime.context
+        attend = make_attend(*kinds, self.cfg, self.mesh, length=self.sequence_length)
+        return replace(make_runtime(self.runtime, self.cfg, self.mesh), attend=attend)
 
     @cached_property
     def _spec(self) -> Params:
@@ -122,7 +120,7 @@ class Trainer:
     @cached_property
     def column_order(self) -> np.ndarray | None:
         """The order in which the tokens of a row go to the devices, int64 [T]; None = as they come."""
-        return column_order(self.runtime.context, self.mesh.shape["cp"], self.sequence_length)
+        return column_order(self.runtime.context, self.cfg, self.mesh.shape, length=self.sequence_length)
 
     def init(self, seed: int) -> TrainState:
         """A fresh state with random parameters; every device makes only its own part."""

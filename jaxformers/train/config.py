@@ -30,10 +30,10 @@ class RuntimeConfig(BaseModel):
         description="Over whole rows at once, or block by block in memory that grows with the length alone; auto: "
         "block by block from 2048 tokens on.",
     )
-    context: Literal["auto", "ring", "ulysses"] = Field(
+    context: Literal["auto", "ring", "ulysses", "hybrid"] = Field(
         "auto",
-        description="How mesh.cp splits a sequence: keys travel around a ring, or devices trade tokens for heads; "
-        "auto: ring.",
+        description="How mesh.cp splits a sequence: keys travel around a ring; devices trade tokens for heads; or they "
+        "trade within groups, as large as kv heads allow, and keys travel from group to group. auto: ring.",
     )
     experts: Literal["auto", "allgather", "alltoall"] = Field(
         "auto",
