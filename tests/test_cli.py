@@ -459,6 +459,7 @@ def test_a_dry_run_refuses_what_a_run_would(run, tmp_path):
     config = write_config(tmp_path)
     assert "cannot be split" in run("train", config, "--dry-run", "train.batch_size=12").mistake
     assert "warmup_steps is 8" in run("train", config, "--dry-run", "schedule.warmup_steps=8").mistake
+    assert "ep=2 needs a model with experts" in run("train", config, "--dry-run", "mesh.dp=4", "mesh.ep=2").mistake
 
 
 def test_training_prints_samples_and_where_the_run_is(run, tmp_path):

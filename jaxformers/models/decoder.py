@@ -42,18 +42,18 @@ def block(
 ) -> tuple[jax.Array, LayerCache | None, MoEStats | None]:
     """One layer: x [B, T, D] -> [B, T, D]."""
     x = named_norm(p, "entry_norm", x, cfg)
-    normed = named_norm(p, "attn_norm", x, cfg)
+    normed = ctx.shard(named_norm(p, "attn_norm", x, cfg), "batch", "seq", None)
     attended, cache = MIXERS[kind.mixer](p["attn"], normed, ctx, cfg, kind, cache)
     attended = cfg.residual_scale * named_norm(p, "attn_post_norm", attended, cfg)
     if cfg.parallel:
         source = normed if cfg.shared_norm else named_norm(p, "ffn_norm", x, cfg)
         x += attended
     else:
-        x = ctx.shard(x + attended, "batch", "seq", None)
-        source = named_norm(p, "ffn_norm", x, cfg)
+        x = ctx.shard(x + attended, "batch", "stream", None)
+        source = ctx.shard(named_norm(p, "ffn_norm", x, cfg), "batch", "seq", None)
     fed, stats = moe(p["ffn"], source, ctx, cfg) if kind.ffn == "moe" else (mlp(p["ffn"], source, ctx, cfg), None)
     x += cfg.residual_scale * named_norm(p, "ffn_post_norm", fed, cfg)
-    return ctx.shard(x, "batch", "seq", None), cache, stats
+    return ctx.shard(x, "batch", "stream", None), cache, stats
 
 
 def embed(params: Params, cfg: ModelConfig, tokens: jax.Array, positions: jax.Array, runtime: Runtime) -> jax.Array:
@@ -63,7 +63,7 @@ def embed(params: Params, cfg: ModelConfig, tokens: jax.Array, positions: jax.Ar
         x *= jnp.asarray(cfg.embed_scale, x.dtype)
     if cfg.learned_positions:
         x += lookup(params["positions"], positions + cfg.position_offset, dtype=runtime.dtype)
-    return runtime.shard(named_norm(params, "embed_norm", x, cfg), "batch", "seq", None)
+    return runtime.shard(named_norm(params, "embed_norm", x, cfg), "batch", "stream", None)
 
 
 def unembed(params: Params, cfg: ModelConfig, x: jax.Array, runtime: Runtime) -> jax.Array:

@@ -93,10 +93,13 @@ def _island(
 
     def body(p: Params, x: jax.Array, weights: jax.Array, experts: jax.Array) -> Mixed:
         p = {name: _whole_inputs(w, places[name]) for name, w in p.items()}
+        terms = x, weights
+        if split_width:
+            # Here rather than at each use: a token's gradients are then summed on a device before they are over tp.
+            terms = lax.pcast(terms, "tp", to="varying")
         if split_width and "down_b" in p:
             p["down_b"] = jnp.where(lax.axis_index("tp") == 0, p["down_b"], 0)  # once in the sum
-        flat = [a.reshape(-1, a.shape[-1]) for a in (x, weights, experts)]
-        y, dropped = mix(p, *flat, cfg)
+        y, dropped = mix(p, *(a.reshape(-1, a.shape[-1]) for a in (*terms, experts)), cfg)
         y = lax.psum(y, "tp") if split_width else y
         dropped = jnp.zeros((), jnp.float32) if dropped is None else lax.psum(dropped, token_axes)
         return Mixed(y.astype(x.dtype).reshape(x.shape), dropped)

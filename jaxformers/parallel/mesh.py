@@ -23,9 +23,11 @@ log = logging.getLogger(__name__)
 
 AXES = ("pp", "dp", "fsdp", "ep", "cp", "tp")  # outermost first: slow links left, fast links right
 WORKING = ("dp", "fsdp", "ep", "cp", "tp")
+Rules = Mapping[str, tuple[str, ...]]
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("dp", "fsdp", "ep"),
     "seq": ("cp",),
+    "stream": ("cp",),  # time, where layers add to the residual stream
     "embed": ("fsdp",),
     "vocab": ("tp",),
     "heads": ("tp",),
@@ -34,6 +36,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "experts": ("ep",),
     "layers": ("pp",),
 }
+SEQUENCE_PARALLEL = RULES | {"stream": ("cp", "tp")}  # arXiv:2205.05198
+SPLIT_REPLICAS = RULES | {"embed": ("fsdp", "dp")}  # what replicas need not all hold (arXiv:1910.02054)
 AxisSize = int | Literal["auto"]
 
 
@@ -87,14 +91,14 @@ def single_device_mesh() -> Mesh:
     return make_mesh(devices=jax.local_devices()[:1])
 
 
-def spec_of(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+def spec_of(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh, rules: Rules = RULES) -> PartitionSpec:
     """Where an array with these named dims lies. A mesh axis is used once, and only where it divides the dim; an axis
     dropped because it does not divide is logged once."""
     used: set[str] = set()
     placed: list[tuple[str, ...] | str | None] = []
     for name, size in zip(axes, shape, strict=True):
         taken: list[str] = []
-        for axis in RULES[name] if name else ():
+        for axis in rules[name] if name else ():
             if axis in used or mesh.shape[axis] == 1:
                 continue
             if size % (mesh.shape[axis] * math.prod(mesh.shape[a] for a in taken)):
@@ -111,9 +115,9 @@ def _log_dropped(axis: str, axis_size: int, name: str, size: int) -> None:
     log.warning("%s=%d does not divide a %s dim of %d, which stays whole on every device", axis, axis_size, name, size)
 
 
-def param_shardings(specs: Params, mesh: Mesh) -> Params:
+def param_shardings(specs: Params, mesh: Mesh, rules: Rules = RULES) -> Params:
     """The sharding of every parameter, as a tree like `model_spec`'s."""
-    return jax.tree.map(lambda s: NamedSharding(mesh, spec_of(s.axes, s.shape, mesh)), specs)
+    return jax.tree.map(lambda s: NamedSharding(mesh, spec_of(s.axes, s.shape, mesh, rules)), specs)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -132,15 +136,13 @@ def batch_shards(mesh_sizes: Mapping[str, int]) -> int:
     return math.prod(mesh_sizes[axis] for axis in RULES["batch"])
 
 
-def sharder(mesh: Mesh, *, whole: Sequence[str] = ()) -> Callable[..., jax.Array]:
-    """The `shard` of a `Runtime`: `shard(x, "batch", "seq", None)` pins an activation to its place. Dims named in
-    `whole` are not split."""
+def sharder(mesh: Mesh, rules: Rules = RULES) -> Callable[..., jax.Array]:
+    """The `shard` of a `Runtime`: `shard(x, "batch", "seq", None)` pins an activation to its place."""
     if mesh.size == 1:
         return no_shard
 
     def shard(x: jax.Array, *axes: str | None) -> jax.Array:
-        axes = tuple(None if axis in whole else axis for axis in axes)
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec_of(axes, x.shape, mesh)))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec_of(axes, x.shape, mesh, rules)))
 
     return shard
 

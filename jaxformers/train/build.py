@@ -24,7 +24,7 @@ from jaxformers.models.runtime import Runtime
 from jaxformers.parallel.context import column_order, make_attend
 from jaxformers.parallel.experts import mesh_experts
 from jaxformers.parallel.hardware import peak_flops
-from jaxformers.parallel.mesh import gatherer, sharder
+from jaxformers.parallel.mesh import RULES, SEQUENCE_PARALLEL, SPLIT_REPLICAS, gatherer, param_shardings, sharder
 from jaxformers.train.balance import check_expert_bias, shift_expert_biases
 from jaxformers.train.config import LossConfig, OptimizerConfig, RuntimeConfig, ScheduleConfig, TrainConfig
 from jaxformers.train.loop import Program
@@ -56,7 +56,7 @@ def make_runtime(config: RuntimeConfig, cfg: ModelConfig, mesh: Mesh) -> Runtime
         dtype=jnp.dtype(config.dtype),
         remat=config.remat,
         layers=layers,
-        shard=sharder(mesh),
+        shard=sharder(mesh, SEQUENCE_PARALLEL if config.sequence_parallel else RULES),
         gather=gatherer(mesh, leave=("experts",)),
         experts=experts,
     )
@@ -78,7 +78,17 @@ class Trainer:
     def check(self) -> None:
         """ValueError for settings that do not fit each other, before anything is compiled."""
         _ = self.learning_rate, self._runtime
+        self._check_sequence_parallel()
         check_expert_bias(self.cfg, rate=self.loss.expert_bias_rate)
+
+    def _check_sequence_parallel(self) -> None:
+        shards = self.mesh.shape["tp"] * self.mesh.shape["cp"]
+        if self.runtime.sequence_parallel and self.sequence_length % shards:
+            below = self.sequence_length // shards * shards
+            raise ValueError(
+                f"runtime: sequence_parallel cannot split rows of {self.sequence_length} tokens over {shards} devices; "
+                f"the nearest lengths it can are {below or shards} and {below + shards}"
+            )
 
     @cached_property
     def learning_rate(self) -> optax.Schedule:
@@ -111,11 +121,20 @@ class Trainer:
     def plain_state(self) -> TrainState:
         """Shapes and shardings of the state in the form that checkpoints hold."""
         spec = model_spec(self.cfg)
-        return abstract_state(spec, make_optimizer(self.optimizer, self.learning_rate, spec), self.mesh, ema=self._ema)
+        return self._abstract(spec, make_optimizer(self.optimizer, self.learning_rate, spec))
 
     @cached_property
     def _places(self) -> TrainState:
-        return state_shardings(abstract_state(self._spec, self.tx, self.mesh, ema=self._ema))
+        return state_shardings(self._abstract(self._spec, self.tx))
+
+    def _abstract(self, spec: Params, tx: optax.GradientTransformation) -> TrainState:
+        return abstract_state(spec, tx, self.mesh, ema=self._ema, split_moments=self.runtime.zero > 0)
+
+    def _place_gradient(self, grads: Params) -> Params:
+        """Gradients where the parameters are, or split among replicas."""
+        if self.runtime.zero < 2:
+            return grads
+        return jax.lax.with_sharding_constraint(grads, param_shardings(self._spec, self.mesh, SPLIT_REPLICAS))
 
     @cached_property
     def column_order(self) -> np.ndarray | None:
@@ -172,6 +191,7 @@ class Trainer:
             clip_norm=self.optimizer.clip_norm,
             ema_decay=self.train.ema_decay,
             balance=self._balance,
+            place_gradient=self._place_gradient,
         )
         peak = peak_flops(self.mesh.devices.flat[0], self.runtime.dtype)
         return Program(

@@ -35,6 +35,16 @@ class RuntimeConfig(BaseModel):
         description="How mesh.cp splits a sequence: keys travel around a ring; devices trade tokens for heads; or they "
         "trade within groups, as large as kv heads allow, and keys travel from group to group. auto: ring.",
     )
+    zero: Literal[0, 1, 2] = Field(
+        0,
+        description="What replicas (mesh.dp) hold one copy of among them: 1: the optimizer's state (and the average), "
+        "2: gradients too (arXiv:1910.02054); parameters are mesh.fsdp's.",
+    )
+    sequence_parallel: bool = Field(
+        False,
+        description="Between tensor-parallel blocks, where norms and residuals are, split rows over mesh.tp in time "
+        "(arXiv:2205.05198).",
+    )
     experts: Literal["auto", "allgather", "alltoall"] = Field(
         "auto",
         description="How tokens reach experts on other devices (mesh.ep): every device sees all tokens, or each token "

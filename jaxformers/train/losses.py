@@ -146,6 +146,7 @@ def head_loss(
         sums = token_sums(unembed(head, cfg, x, runtime), targets, weights)
         return sums.nll + z_weight * sums.z, sums
 
+    x = runtime.shard(x, "batch", "seq", None)  # whole in time over tp, which splits the vocabulary here
     if chunk is None:
         return part(head, x, batch["targets"], batch["weights"])
     return _chunked(part, chunk, head, x, batch["targets"], batch["weights"])

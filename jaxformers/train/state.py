@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from jaxformers.models.params import Params
-from jaxformers.parallel.mesh import param_shardings, replicated
+from jaxformers.parallel.mesh import RULES, SPLIT_REPLICAS, param_shardings, replicated
 
 
 @flax.struct.dataclass
@@ -32,18 +32,22 @@ def new_state(params: Params, tx: optax.GradientTransformation, key: jax.Array, 
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), jax.random.key_data(key), average)
 
 
-def abstract_state(spec: Params, tx: optax.GradientTransformation, mesh: Mesh, *, ema: bool) -> TrainState:
+def abstract_state(
+    spec: Params, tx: optax.GradientTransformation, mesh: Mesh, *, ema: bool, split_moments: bool = False
+) -> TrainState:
     """The state's shapes, dtypes and shardings, without allocating: what a checkpoint is restored into.
 
     spec is the tree of `ParamSpec`s that the parameters follow: `model_spec`'s or `block_spec`'s.
+    split_moments: replicas of the parameters share one copy of the moments and the average.
     """
     params = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, jnp.float32), spec)
     shapes = jax.eval_shape(lambda p: new_state(p, tx, jax.random.key(0), ema=ema), params)
     placed, whole = param_shardings(spec, mesh), replicated(mesh)
+    shared = param_shardings(spec, mesh, SPLIT_REPLICAS if split_moments else RULES)
     moments = optax.tree.map_params(
-        tx, lambda _, place: place, shapes.opt_state, placed, transform_non_params=lambda _: whole
+        tx, lambda _, place: place, shapes.opt_state, shared, transform_non_params=lambda _: whole
     )
-    places = TrainState(whole, placed, moments, whole, placed if ema else None)
+    places = TrainState(whole, placed, moments, whole, shared if ema else None)
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, places)
 
 

@@ -27,12 +27,21 @@ def split_microbatches(batch: Batch, count: int) -> dict[str, jax.Array]:
 
 
 def value_and_gradient(
-    loss: Loss, params: Params, batch: Batch, *, accumulation: int
+    loss: Loss,
+    params: Params,
+    batch: Batch,
+    *,
+    accumulation: int,
+    place_gradient: Callable[[Params], Params] = lambda grads: grads,
 ) -> tuple[jax.Array, Sums, Params]:
     """Loss, sums and gradient of a whole batch, computed in `accumulation` microbatches: equal to one, up to
     rounding."""
     totals = Totals.of(batch)
-    gradient = jax.value_and_grad(loss, has_aux=True)
+
+    def gradient(params: Params, batch: Batch, totals: Totals) -> tuple[tuple[jax.Array, Sums], Params]:
+        values, grads = jax.value_and_grad(loss, has_aux=True)(params, batch, totals)
+        return values, place_gradient(grads)
+
     if accumulation == 1:
         (value, sums), grads = gradient(params, batch, totals)
         return value, sums, grads
@@ -43,7 +52,8 @@ def value_and_gradient(
     microbatches = split_microbatches(batch, accumulation)
     first = {name: a[0] for name, a in microbatches.items()}
     shapes = jax.eval_shape(gradient, params, first, totals)
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    (values, grads) = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    zeros = values, place_gradient(grads)
     ((value, sums), grads), _ = jax.lax.scan(add, zeros, microbatches)
     return value, sums, grads
 
@@ -57,15 +67,19 @@ def make_train_step(
     clip_norm: float | None = None,
     ema_decay: float | None = None,
     balance: Callable[[Params, jax.Array], Params] | None = None,
+    place_gradient: Callable[[Params], Params] = lambda grads: grads,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The function (state, batch) -> (state after one update, metrics as float32 scalars).
 
     schedule is the one `tx` follows, to be reported. grad_norm is the global norm before clipping to `clip_norm`.
     balance(parameters, load [sparse layers, E]) moves, after the optimizer, what it does not: experts' biases.
+    place_gradient pins a microbatch's gradient to its place on the mesh.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        value, sums, grads = value_and_gradient(loss, state.params, batch, accumulation=accumulation)
+        value, sums, grads = value_and_gradient(
+            loss, state.params, batch, accumulation=accumulation, place_gradient=place_gradient
+        )
         norm = optax.tree.norm(grads)
         scale = clip_scale(norm, clip_norm)
         grads = jax.tree.map(lambda g: g * scale, grads)

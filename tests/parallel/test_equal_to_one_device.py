@@ -94,12 +94,15 @@ class Case:
     chunk: int | str = "none"
     context: str = "auto"
     loss: tuple[tuple[str, Any], ...] = ()
+    zero: int = 0
+    sequence_parallel: bool = False
 
     def __str__(self) -> str:
         axes = " x ".join(f"{axis}{size}" for axis, size in self.mesh.items() if size > 1) or "one device"
         extras = [f"accumulation {self.accumulation}", self.layers, f"remat {self.remat}", f"chunk {self.chunk}"]
         extras += [self.context] if self.context != "auto" else []
         extras += [f"{name} {value}" for name, value in self.loss]
+        extras += [f"zero {self.zero}"] * bool(self.zero) + ["sequence parallel"] * self.sequence_parallel
         return f"{self.model} on {axes}, {', '.join(extras)}"
 
 
@@ -115,7 +118,13 @@ def trainer_of(case: Case) -> Trainer:
         make_mesh(config, devices=jax.devices()[:count]),
         LENGTH,
         train=TrainConfig(steps=10, batch_size=ROWS, accumulation=case.accumulation),
-        runtime=RuntimeConfig(layers=case.layers, remat=case.remat, context=case.context),
+        runtime=RuntimeConfig(
+            layers=case.layers,
+            remat=case.remat,
+            context=case.context,
+            zero=case.zero,
+            sequence_parallel=case.sequence_parallel,
+        ),
         optimizer=OptimizerConfig(learning_rate=1e-2, eps=1e-3, clip_norm=0.5),
         schedule=ScheduleConfig(warmup_steps=2),
         loss=LossConfig(chunk=case.chunk, z_loss=1e-3, balance_loss=0.01, router_z_loss=1e-3, **dict(case.loss)),
@@ -281,3 +290,55 @@ def test_experts_stay_spread_while_training():
         for name in ("gate", "up", "down"):
             held = p["ffn"][name].sharding.shard_shape(p["ffn"][name].shape)
             assert np.prod(held) * 4 == np.prod(p["ffn"][name].shape)
+
+
+DP2_FSDP2, DP2_TP2, TP4 = {"dp": 2, "fsdp": 2}, {"dp": 2, "tp": 2}, {"tp": 4}
+SHARED_CASES = [
+    Case("dense", DP2_FSDP2, accumulation=2, zero=2),
+    Case("dense", DP2_TP2, chunk=8, sequence_parallel=True),
+]
+MORE_SHARED_CASES = [
+    Case("dense", DP8, zero=1),
+    Case("dense", DP8, accumulation=2, layers="unroll", zero=1),
+    Case("dense", DP8, accumulation=2, remat="full", zero=2),
+    Case("moe", DP2_EP2, zero=1),
+    Case("odd", DP2_TP2, zero=2),
+    Case("dense", TP4, layers="unroll", sequence_parallel=True),
+    Case("mla", DP2_TP2, accumulation=2, remat="full", sequence_parallel=True),
+    Case("moe", EP2_TP2, remat="dots", sequence_parallel=True),
+    Case(WINDOWS, FSDP4_TP2, chunk=8, sequence_parallel=True),
+    Case("odd", DP2_TP2, sequence_parallel=True),
+]
+
+
+@pytest.mark.parametrize("case", SHARED_CASES, ids=str)
+def test_what_replicas_and_tensor_shards_share_changes_no_result(case):
+    assert_equal_to_one_device(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", MORE_SHARED_CASES, ids=str)
+def test_what_more_replicas_and_tensor_shards_share_changes_no_result(case):
+    assert_equal_to_one_device(case)
+
+
+def compiled(case: Case) -> Any:
+    trainer = trainer_of(case)
+    with jax.set_mesh(trainer.mesh):
+        state = placed_state(trainer)
+        return compiled_step(trainer, state, place(batches()[0], trainer))
+
+
+def test_replicas_hold_one_copy_of_the_moments_among_them():
+    trainer = trainer_of(Case("dense", DP8, zero=1))
+    with jax.set_mesh(trainer.mesh):
+        state = placed_state(trainer)
+    assert all(a.sharding.is_fully_replicated for a in jax.tree.leaves(state.params))
+    moments = [a for a in jax.tree.leaves(state.opt_state[0].mu) if a.size > 1000]
+    assert moments
+    assert all(8 * a.addressable_shards[0].data.size == a.size for a in moments)
+
+
+def test_sequence_parallel_saves_memory():
+    apart, whole = (compiled(Case("dense", TP4, remat="full", sequence_parallel=on)) for on in (True, False))
+    assert apart.memory_analysis().temp_size_in_bytes < whole.memory_analysis().temp_size_in_bytes

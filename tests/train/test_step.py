@@ -165,12 +165,15 @@ def test_without_a_decay_there_is_no_average():
 def test_metrics_are_means_over_targets():
     sums = Sums(nll=jnp.float32(30), z=jnp.float32(0), correct=jnp.float32(3), weight=jnp.float32(10))
     batch = {"weights": jnp.ones((2, 5)), "segment_ids": jnp.ones((2, 5), jnp.int32)}
-    metrics = mean_metrics(sums.replace(load=jnp.array([1.0, 3.0])), Totals.of(batch))
+    metrics = mean_metrics(
+        sums.replace(load=jnp.array([[1.0, 3.0], [2.0, 2.0]]), dropped=jnp.float32(2)), Totals.of(batch)
+    )
     assert {name: float(value) for name, value in metrics.items()} == {
         "loss": 3.0,
         "accuracy": pytest.approx(0.3),
         "targets": 10.0,
         "expert_load_max": 1.5,
+        "expert_dropped": 0.25,
     }
 
 
