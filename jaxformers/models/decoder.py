@@ -5,6 +5,7 @@ B batch, T time, D model, V vocabulary
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxformers.models.attention import gqa, mla
 from jaxformers.models.cache import Cache, LayerCache
-from jaxformers.models.config import LayerKind, ModelConfig, Stack, plan_stacks
+from jaxformers.models.config import LayerKind, ModelConfig, Stack, longest_stack, plan_stacks
 from jaxformers.models.context import Context
 from jaxformers.models.ffn import mlp, moe
 from jaxformers.models.layers import named_norm, softcap
@@ -109,18 +110,57 @@ def hidden_states(
     """
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    ctx = Context(
-        positions, segment_ids, rotations(cfg, positions), runtime.shard, runtime.attend, runtime.experts, read_slots
-    )
+    ctx = make_context(cfg, runtime, positions, segment_ids, read_slots=read_slots)
     if "layers" in params and (cache is not None or runtime.layers == "unroll"):
         params = unstack(params, cfg)
     x = embed(params, cfg, tokens, positions, runtime)
     if "blocks" in params:
         return _run_blocks(params["blocks"], x, ctx, cfg, runtime, cache)
-    stats = MoEStats.zeros(cfg.moe) if cfg.moe else None
-    for stack, layers in zip(plan_stacks(cfg.layers), params["layers"], strict=True):
-        x, stats = _scan_stack(layers, x, stats, ctx, cfg, runtime, stack)
+    x, stats = run_stacks(params["layers"], x, ctx, cfg, runtime)
     return Hidden(x, moe=stats)
+
+
+def make_context(
+    cfg: ModelConfig,
+    runtime: Runtime,
+    positions: jax.Array,
+    segment_ids: jax.Array | None,
+    *,
+    read_slots: int | None = None,
+) -> Context:
+    """What the layers share about tokens at `positions` int32 [B, T] in documents `segment_ids` int32 [B, T]."""
+    turns = rotations(cfg, positions)
+    return Context(positions, segment_ids, turns, runtime.shard, runtime.attend, runtime.experts, read_slots)
+
+
+def run_stacks(
+    layers: list[list[Params]], x: jax.Array, ctx: Context, cfg: ModelConfig, runtime: Runtime, *, first: int = 0
+) -> tuple[jax.Array, MoEStats | None]:
+    """x [B, T, D] through the model's stacks from number `first` on, as many as `layers` holds."""
+    stacks, stats = plan_stacks(cfg.layers), MoEStats.zeros(cfg.moe) if cfg.moe else None
+    for k, stacked in enumerate(layers, start=first):
+        stage = make_stage(cfg, runtime, stacks[k])
+        rows = (ctx.positions, ctx.segment_ids)
+        if runtime.run_stack is not None and k == longest_stack(stacks):
+            x, new = runtime.run_stack(stage, stacked, x, rows)
+        else:
+            x, new = stage(stacked, x, rows, None, ctx=ctx)
+        stats = _add(stats, new)
+    return x, stats
+
+
+def make_stage(cfg: ModelConfig, runtime: Runtime, stack: Stack) -> Callable[..., tuple[jax.Array, MoEStats | None]]:
+    """The function (layers [R, ...], x [B, T, D], rows, active) -> (x, sums) that runs R repeats of a stack's pattern.
+
+    rows are (positions, segment_ids); active bool [R] says which repeats count, None = all.
+    """
+
+    def stage(
+        layers: list[Params], x: jax.Array, rows: Any, active: jax.Array | None, *, ctx: Context | None = None
+    ) -> tuple[jax.Array, MoEStats | None]:
+        return _scan_stack(layers, x, ctx or make_context(cfg, runtime, *rows), cfg, runtime, stack, active)
+
+    return stage
 
 
 def _add(total: Any, new: Any) -> Any:
@@ -149,23 +189,26 @@ def _run_blocks(
 def _scan_stack(
     layers: list[Params],
     x: jax.Array,
-    stats: MoEStats | None,
     ctx: Context,
     cfg: ModelConfig,
     runtime: Runtime,
     stack: Stack,
+    active: jax.Array | None,
 ) -> tuple[jax.Array, MoEStats | None]:
-    """One compiled body for all repeats of a stack's pattern; layers' leaves are [repeats, ...]."""
+    """One compiled body for all repeats of a stack's pattern; layers' leaves are [repeats, ...], active [repeats]."""
 
-    def body(carry: tuple[jax.Array, MoEStats | None], repeat: list[Params]) -> tuple[Any, None]:
+    def body(carry: tuple[jax.Array, MoEStats | None], repeat: tuple[list[Params], Any]) -> tuple[Any, None]:
+        layers, runs = repeat
         x, stats = carry
-        for p, kind in zip(repeat, stack.pattern, strict=True):
+        for p, kind in zip(layers, stack.pattern, strict=True):
             p = runtime.gather(p, layer_spec(cfg, kind))
             x, _, layer_stats = block(p, x, ctx, cfg, kind, None)
             stats = _add(stats, layer_stats)
-        return (x, stats), None
+        after = (x, stats)
+        return after if runs is None else jax.tree.map(lambda a, b: jnp.where(runs, a, b), after, carry), None
 
-    return jax.lax.scan(runtime.rematerialize(body), (x, stats), layers)[0]
+    start = (x, MoEStats.zeros(cfg.moe) if cfg.moe else None)
+    return jax.lax.scan(runtime.rematerialize(body), start, (layers, active))[0]
 
 
 def forward(

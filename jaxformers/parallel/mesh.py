@@ -22,7 +22,7 @@ from jaxformers.models.runtime import no_gather, no_shard
 log = logging.getLogger(__name__)
 
 AXES = ("pp", "dp", "fsdp", "ep", "cp", "tp")  # outermost first: slow links left, fast links right
-WORKING = ("dp", "fsdp", "tp")
+WORKING = ("pp", "dp", "fsdp", "tp")
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("dp", "fsdp", "ep"),
     "seq": ("cp",),
@@ -138,7 +138,10 @@ def sharder(mesh: Mesh) -> Callable[..., jax.Array]:
         return no_shard
 
     def shard(x: jax.Array, *axes: str | None) -> jax.Array:
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec_of(axes, x.shape, mesh)))
+        spec = spec_of(axes, x.shape, mesh)
+        # Inside an island where some axes are manual, the mesh of the context knows which; the whole mesh does not.
+        inside = jax.sharding.get_abstract_mesh().manual_axes
+        return jax.lax.with_sharding_constraint(x, spec if inside else NamedSharding(mesh, spec))
 
     return shard
 

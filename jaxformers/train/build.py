@@ -21,7 +21,8 @@ from jaxformers.models.layout import block_spec, stack, unstack
 from jaxformers.models.params import Params, flops_per_token, init_params, model_spec
 from jaxformers.models.runtime import Runtime
 from jaxformers.parallel.hardware import peak_flops
-from jaxformers.parallel.mesh import gatherer, sharder
+from jaxformers.parallel.mesh import batch_shards, gatherer, sharder
+from jaxformers.parallel.pipeline import Pipeline, plan_pipeline
 from jaxformers.train.config import LossConfig, OptimizerConfig, RuntimeConfig, ScheduleConfig, TrainConfig
 from jaxformers.train.loop import Program
 from jaxformers.train.losses import chunk_length, eval_sums, lm_loss
@@ -35,20 +36,33 @@ RUN_ONCE = {"xla_backend_optimization_level": 1}
 UNROLLED_LAYERS = 32  # deeper models compile too long when every layer is its own code
 
 
-def make_runtime(config: RuntimeConfig, cfg: ModelConfig, mesh: Mesh) -> Runtime:
+def make_runtime(
+    config: RuntimeConfig, cfg: ModelConfig, mesh: Mesh, *, pipeline: Pipeline | None = None
+) -> Runtime:
     """The runtime of a training step on this mesh.
 
     On CPU, `auto` unrolls layers, as scanned weights are copied every step, unless memory is to be saved by
-    recomputation: XLA:CPU keeps everything of an unrolled model alive, and so that pair is refused.
+    recomputation: XLA:CPU keeps everything of an unrolled model alive, and so that pair is refused. Layers of a
+    pipeline are always scanned, as each stage runs its own part of one array.
     """
     on_cpu, layers = mesh.devices.flat[0].platform == "cpu", config.layers
     if on_cpu and layers == "unroll" and config.remat != "none":
         raise ValueError(f"runtime: remat={config.remat} saves no memory with layers=unroll on CPU; use layers=scan")
+    if pipeline is not None:
+        if layers == "unroll":
+            raise ValueError(f"runtime.layers=unroll does not go with mesh.pp={pipeline.stages}; use scan or auto")
+        layers = "scan"
     if layers == "auto":
         unrolls = on_cpu and config.remat == "none" and cfg.num_layers <= UNROLLED_LAYERS
         layers = "unroll" if unrolls else "scan"
     return Runtime(
-        dtype=jnp.dtype(config.dtype), remat=config.remat, layers=layers, shard=sharder(mesh), gather=gatherer(mesh)
+        dtype=jnp.dtype(config.dtype),
+        remat=config.remat,
+        layers=layers,
+        shard=sharder(mesh),
+        gather=gatherer(mesh),
+        run_stack=None if pipeline is None else pipeline.run,
+        run_loss=pipeline.loss if pipeline is not None and pipeline.schedule == "1f1b" else None,
     )
 
 
@@ -80,11 +94,36 @@ class Trainer:
 
     @cached_property
     def _runtime(self) -> Runtime:
-        return make_runtime(self.runtime, self.cfg, self.mesh)
+        return make_runtime(self.runtime, self.cfg, self.mesh, pipeline=self._pipeline)
+
+    @cached_property
+    def _pipeline(self) -> Pipeline | None:
+        """How layers are cut into stages. ValueError for a cut that does not fit the model, the mesh or the batch."""
+        return plan_pipeline(
+            self.cfg,
+            self.mesh,
+            rows=self.train.batch_size // self.train.accumulation // batch_shards(self.mesh.shape),
+            schedule=self.runtime.pipeline,
+            microbatches=self.runtime.microbatches,
+            virtual_stages=self.runtime.virtual_stages,
+            stages=self.runtime.stages,
+        )
 
     @cached_property
     def _spec(self) -> Params:
+        if self._arranged is not None:
+            return self._arranged.spec(self.cfg)
         return block_spec(self.cfg) if self._unrolled else model_spec(self.cfg)
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether the state runs in the form that checkpoints hold."""
+        return not self._unrolled and self._arranged is None
+
+    @property
+    def _arranged(self) -> Pipeline | None:
+        """The pipeline, if its stages want layers in another order than the plain tree's."""
+        return None if self._pipeline is None or self._pipeline.is_plain else self._pipeline
 
     @property
     def _unrolled(self) -> bool:
@@ -123,23 +162,28 @@ class Trainer:
 
     def from_plain(self, state: TrainState) -> TrainState:
         """The state to run from, of one in the form that checkpoints hold, which is used up."""
-        if not self._unrolled:
+        if self._is_plain:
             return state
         return jax.jit(partial(map_params, self._inward), out_shardings=self._places)(state)
 
     def to_plain(self, state: TrainState) -> TrainState:
         """The form that checkpoints hold, of a state to run from, which stays."""
-        if not self._unrolled:
+        if self._is_plain:
             return state
-        outward = partial(map_params, partial(stack, cfg=self.cfg))
+        outward = partial(map_params, self._outward)
         return jax.jit(outward, out_shardings=state_shardings(self.plain_state))(state)
 
     @property
     def _donated(self) -> tuple[int, ...]:
         """Buffers of the plain tree can only be used again where the state keeps its form."""
-        return () if self._unrolled else (0,)
+        return (0,) if self._is_plain else ()
+
+    def _outward(self, params: Params) -> Params:
+        return self._arranged.restore(params, self.cfg) if self._arranged else stack(params, self.cfg)
 
     def _inward(self, params: Params) -> Params:
+        if self._arranged is not None:
+            return self._arranged.arrange(params, self.cfg)
         return unstack(params, self.cfg) if self._unrolled else params
 
     @cached_property
@@ -167,5 +211,7 @@ class Trainer:
     def _with_settings(self, function: Callable[..., Any], *, rows: int) -> Callable[..., Any]:
         """The function with what this run's settings say, for `rows` at a time."""
         length, vocab = self.sequence_length, self.cfg.vocab_size
-        chunk = chunk_length(self.loss, rows=rows, length=length, vocab_size=vocab, devices=self.mesh.size)
+        # Every stage computes the head of the same rows.
+        devices = self.mesh.size // self.mesh.shape["pp"]
+        chunk = chunk_length(self.loss, rows=rows, length=length, vocab_size=vocab, devices=devices)
         return partial(function, cfg=self.cfg, runtime=self._runtime, config=self.loss, chunk=chunk)

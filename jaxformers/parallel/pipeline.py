@@ -1,0 +1,246 @@
+"""Pipeline parallelism of one layer stack: stages hold runs of layers, microbatches travel a ring over mesh axis `pp`.
+
+Everything before the stack (embedding, other stacks) and after it is computed alike on every stage. Only `pp` is manual
+here; all other axes stay with the compiler, so that the stage function is the one that runs without a pipeline. It knows
+layers as a function and rows as arrays, and nothing of attention, losses or optimizers.
+
+n stages, v rounds, M microbatches, R repeats of the stack's pattern, B rows, b = B / M rows of a microbatch
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from jaxformers.models.config import ModelConfig, longest_stack, plan_stacks
+from jaxformers.models.params import Params, model_spec
+from jaxformers.parallel.mesh import sharder
+
+Schedule = Literal["gpipe", "interleaved", "1f1b"]
+# (layers [R', ...], x [b, T, D], rows of b, active [R'] or None) -> (x [b, T, D], sums)
+StageFunction = Callable[[Any, jax.Array, Any, jax.Array | None], tuple[jax.Array, Any]]
+# (parameters, x [b, T, D], rows of b) -> (loss, sums as the stages', further sums)
+LastFunction = Callable[[Any, jax.Array, Any], tuple[jax.Array, Any, Any]]
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """How the stack is cut and run.
+
+    `repeats[c]` counts the repeats of chunk c, in the model's order; stage c mod n holds it, and rows visit it in round
+    c div n. On a device every chunk takes as many slots as the longest one has repeats.
+    """
+
+    mesh: Mesh
+    schedule: Schedule
+    microbatches: int
+    repeats: tuple[int, ...]
+
+    @property
+    def stages(self) -> int:
+        return self.mesh.shape["pp"]
+
+    @property
+    def rounds(self) -> int:
+        return len(self.repeats) // self.stages
+
+    @cached_property
+    def slots(self) -> np.ndarray:
+        """The repeat that each slot holds, int [n x v x longest], device by device. A slot that a short chunk leaves
+        over holds its last repeat once more, which keeps its numbers finite, and is not run."""
+        first = np.cumsum((0, *self.repeats))
+        chunks = [r * self.stages + i for i in range(self.stages) for r in range(self.rounds)]
+        kept = np.minimum(np.arange(max(self.repeats)), np.array(self.repeats)[chunks, None] - 1)
+        return (first[chunks][:, None] + kept).reshape(-1)
+
+    @cached_property
+    def active(self) -> np.ndarray | None:
+        """Which slots are run, bool [n x v x longest]; None: all of them."""
+        active = np.ones(self.slots.shape, bool)
+        active[1:] = self.slots[1:] != self.slots[:-1]
+        return None if active.all() else active
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the slots are the plain tree's repeats in their order."""
+        return np.array_equal(self.slots, np.arange(sum(self.repeats)))
+
+    def spec(self, cfg: ModelConfig) -> Params:
+        """`model_spec` of the tree that `arrange` makes."""
+        size = len(self.slots)
+        return _map_pipelined(lambda s: replace(s, shape=(size, *s.shape[1:])), model_spec(cfg), cfg)
+
+    def arrange(self, params: Params, cfg: ModelConfig) -> Params:
+        """The plain tree with the pipelined stack's repeats in the order of their slots."""
+        return _map_pipelined(lambda a: a[self.slots], params, cfg)
+
+    def restore(self, params: Params, cfg: ModelConfig) -> Params:
+        """The plain tree again: the inverse of `arrange`."""
+        _, slot_of = np.unique(self.slots, return_index=True)
+        return _map_pipelined(lambda a: a[slot_of], params, cfg)
+
+    def run(self, stage: StageFunction, layers: Any, x: jax.Array, rows: Any) -> tuple[jax.Array, Any]:
+        """`stage` over the whole stack: x [B, T, D] with `rows` [B, ...] -> [B, T, D], and the sums of all stages."""
+        xs, rows = self._split(x, batch_dims=("seq", None)), self._split_all(rows)
+        ring = jax.shard_map(
+            partial(_ring, stage, self.stages, self.rounds),
+            mesh=self.mesh,
+            axis_names={"pp"},
+            in_specs=(P("pp"), P(), P(), P("pp")),
+            out_specs=P("pp"),
+            check_vma=False,
+        )
+        ys, sums = ring(layers, xs, rows, self.active)
+        return self._join(ys[-1]), jax.tree.map(lambda a: a.sum(axis=0), sums)
+
+    def loss(
+        self, stage: StageFunction, last: LastFunction, layers: Any, tail: Any, x: jax.Array, rows: Any, rates: Any
+    ) -> tuple[jax.Array, tuple[Any, Any]]:
+        """A loss behind the stack whose gradient is taken while microbatches are still under way (1F1B,
+        arXiv:1806.03377).
+
+        The value is rates[0] x the losses of `last`, plus all sums weighted by rates[1]; then those sums and the further
+        ones of `last`. A stage keeps the inputs of at most 2n - 1 microbatches and recomputes the rest.
+        """
+
+        def plain(layers: Any, tail: Any, x: jax.Array) -> tuple[jax.Array, tuple[Any, Any]]:
+            y, sums = self.run(stage, layers, x, rows)
+            value, more, further = last(tail, y, rows)
+            sums = jax.tree.map(jnp.add, sums, more)
+            return _weighted(rates, value, sums), (sums, further)
+
+        return plain(layers, tail, x)
+
+    def _split(self, a: jax.Array, *, batch_dims: tuple[str | None, ...] = ()) -> jax.Array:
+        """[B, ...] -> [M, b, ...], interleaved: every device keeps its rows."""
+        a = a.reshape(-1, self.microbatches, *a.shape[1:]).swapaxes(0, 1)
+        return sharder(self.mesh)(a, None, "batch", *(batch_dims or (None,) * (a.ndim - 2)))
+
+    def _split_all(self, rows: Any) -> Any:
+        return jax.tree.map(self._split, rows)
+
+    def _join(self, a: jax.Array) -> jax.Array:
+        return a.swapaxes(0, 1).reshape(-1, *a.shape[2:])
+
+
+def plan_pipeline(
+    cfg: ModelConfig,
+    mesh: Mesh,
+    *,
+    rows: int,
+    schedule: Schedule = "gpipe",
+    microbatches: int | None = None,
+    virtual_stages: int = 2,
+    stages: Sequence[int] | None = None,
+) -> Pipeline | None:
+    """The pipeline of a model on a mesh, None where the mesh has one stage.
+
+    rows: of a batch on one device, to be split into `microbatches` (None = 2 a stage). virtual_stages: chunks that a
+    stage of the interleaved schedule holds. stages: how many repeats of the stack's pattern each chunk gets, in the
+    model's order; None = as many each. ValueError, with the nearest legal values, for what does not divide.
+    """
+    n = mesh.shape["pp"]
+    if n == 1:
+        return None
+    count = 2 * n if microbatches is None else microbatches
+    step = n if schedule == "interleaved" else 1
+    if rows % count or count % step:
+        legal = [c for c in range(1, rows + 1) if rows % c == 0 and c % step == 0]
+        group = f", and to come in groups of pp={n} when interleaved" if step > 1 else ""
+        raise ValueError(
+            f"runtime.microbatches is {count}, but has to divide the {rows} rows that a device has of a step{group}; "
+            f"{_nearest(count, legal, otherwise='take more rows')}"
+        )
+    chunks = n * (virtual_stages if schedule == "interleaved" else 1)
+    return Pipeline(mesh, schedule, count, _repeats(cfg, chunks, stages))
+
+
+def _repeats(cfg: ModelConfig, chunks: int, stages: Sequence[int] | None) -> tuple[int, ...]:
+    """Repeats of the pipelined stack's pattern that each chunk holds."""
+    stacks = plan_stacks(cfg.layers)
+    stack = stacks[longest_stack(stacks)]
+    unit = "layers" if len(stack.pattern) == 1 else f"repeats of a pattern of {len(stack.pattern)} layers"
+    whole = f"the {stack.repeats} {unit} that the pipeline cuts"
+    if stages is not None:
+        if len(stages) != chunks or sum(stages) != stack.repeats or min(stages) < 1:
+            raise ValueError(
+                f"runtime.stages is {list(stages)}; it has to share {whole} among {chunks} stages, at least one each"
+            )
+        return tuple(stages)
+    if stack.repeats % chunks:
+        below = stack.repeats // chunks * chunks
+        near = " or ".join(str(r) for r in (below, below + chunks) if r)
+        even = [len(part) for part in np.array_split(np.arange(stack.repeats), chunks)]
+        uneven = f", or set runtime.stages={even}" if min(even) else ""
+        raise ValueError(
+            f"mesh.pp: {chunks} stages do not divide {whole}; the nearest that they do are {near}{uneven}"
+        )
+    return (stack.repeats // chunks,) * chunks
+
+
+def _nearest(value: int, legal: Sequence[int], *, otherwise: str) -> str:
+    near = [*[c for c in legal if c < value][-1:], *[c for c in legal if c > value][:1]]
+    return f"nearest are {' and '.join(map(str, near))}" if near else otherwise
+
+
+def _map_pipelined(function: Callable[[Any], Any], params: Params, cfg: ModelConfig) -> Params:
+    """`function` over the leaves of the pipelined stack."""
+    layers = list(params["layers"])
+    k = longest_stack(plan_stacks(cfg.layers))
+    layers[k] = jax.tree.map(function, layers[k])
+    return params | {"layers": layers}
+
+
+def _weighted(rates: Any, value: jax.Array, sums: Any) -> jax.Array:
+    parts = jax.tree.map(lambda rate, a: (rate * a).sum(), rates, (value, sums))
+    return sum(jax.tree.leaves(parts), jnp.zeros((), jnp.float32))
+
+
+def _take(tree: Any, i: jax.Array) -> Any:
+    return jax.tree.map(lambda a: a[i], tree)
+
+
+def _shift(x: jax.Array, n: int, *, by: int) -> jax.Array:
+    """x of the stage `by` places before."""
+    return jax.lax.ppermute(x, "pp", [(i, (i + by) % n) for i in range(n)])
+
+
+def _ring(
+    stage: StageFunction, n: int, v: int, layers: Any, xs: jax.Array, rows: Any, active: jax.Array | None
+) -> tuple[jax.Array, Any]:
+    """One stage's part: xs [M, b, T, D] -> ys [1, M, b, T, D], which are the stack's on the last stage alone, and this
+    stage's sums [1, ...].
+
+    Groups of n microbatches go round v times before the next group enters, so what comes back to the first stage is
+    always what it needs next (arXiv:2104.04473); with v = 1 that is the plain pipeline, for any M.
+    """
+    i, m = jax.lax.axis_index("pp"), xs.shape[0]
+    chunks = jax.tree.map(lambda a: a.reshape(v, -1, *a.shape[1:]), (layers, active))
+
+    def tick(carry: Any, t: jax.Array) -> tuple[Any, jax.Array]:
+        inbox, sums = carry
+        turn = jnp.clip(t - i, 0, m * v - 1)
+        in_round = turn // n % v
+        microbatch = turn // (n * v) * n + turn % n if v > 1 else turn
+        mine, runs = _take(chunks, in_round) if v > 1 else _take(chunks, 0)
+        x = jnp.where((i == 0) & (in_round == 0 if v > 1 else True), xs[microbatch], inbox)
+        y, new = stage(mine, x, _take(rows, microbatch), runs)
+        works = (t >= i) & (t - i < m * v)
+        sums = jax.tree.map(lambda total, a: total + jnp.where(works, a, 0), sums, new)
+        return (_shift(y, n, by=1), sums), y
+
+    shapes = jax.eval_shape(stage, *_take(chunks, 0)[:1], xs[0], _take(rows, 0), _take(chunks, 0)[1])
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    (_, sums), ys = jax.lax.scan(tick, zeros, jnp.arange(m * v + n - 1))
+    done = np.arange(m)
+    if v > 1:
+        done = done // n * (n * v) + (v - 1) * n + done % n
+    return jax.tree.map(lambda a: a[None], (ys[done + n - 1], sums))
