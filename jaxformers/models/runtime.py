@@ -39,8 +39,8 @@ class Runtime:
     but its matmuls, or all but its projections. layers: one scanned body for equal layers (compiles fast at any
     depth), or every layer unrolled (runs faster on CPU and in decoding; XLA:CPU then recomputes without saving memory).
     run_stack(stage, layers, x, rows), if given, runs the longest stack; run_loss, that stack and all behind it (see
-    `parallel.pipeline`). shard(x, *axes) places an activation; gather(params, spec) brings weights together for use; attend, experts:
-    kernels.
+    `parallel.pipeline`). shard(x, *axes) places an activation; gather(params, spec) brings weights together for use;
+    attend, experts: kernels.
     """
 
     dtype: Any = jnp.float32

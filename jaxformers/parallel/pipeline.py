@@ -1,8 +1,8 @@
 """Pipeline parallelism of one layer stack: stages hold runs of layers, microbatches travel a ring over mesh axis `pp`.
 
 Everything before the stack (embedding, other stacks) and after it is computed alike on every stage. Only `pp` is manual
-here; all other axes stay with the compiler, so that the stage function is the one that runs without a pipeline. It knows
-layers as a function and rows as arrays, and nothing of attention, losses or optimizers.
+here; all other axes stay with the compiler, so that the stage function is the one that runs without a pipeline. This
+module knows layers as a function and rows as arrays, and nothing of attention, losses or optimizers.
 
 n stages, v rounds, M microbatches, R repeats of the stack's pattern, B rows, b = B / M rows of a microbatch
 """
@@ -107,17 +107,44 @@ class Pipeline:
         """A loss behind the stack whose gradient is taken while microbatches are still under way (1F1B,
         arXiv:1806.03377).
 
-        The value is rates[0] x the losses of `last`, plus all sums weighted by rates[1]; then those sums and the further
-        ones of `last`. A stage keeps the inputs of at most 2n - 1 microbatches and recomputes the rest.
+        The value is rates[0] x the losses of `last`, plus all sums weighted by rates[1]; then those sums and the
+        further ones of `last`. A stage keeps the inputs of at most 2n - 1 microbatches and recomputes the rest.
         """
 
-        def plain(layers: Any, tail: Any, x: jax.Array) -> tuple[jax.Array, tuple[Any, Any]]:
+        @jax.custom_vjp
+        def total(layers: Any, tail: Any, x: jax.Array, rows: Any, rates: Any) -> tuple[jax.Array, Any]:
             y, sums = self.run(stage, layers, x, rows)
             value, more, further = last(tail, y, rows)
             sums = jax.tree.map(jnp.add, sums, more)
             return _weighted(rates, value, sums), (sums, further)
 
-        return plain(layers, tail, x)
+        def forward(layers: Any, tail: Any, x: jax.Array, rows: Any, rates: Any) -> tuple[Any, Any]:
+            value, sums, further, gradients = self._loss_and_gradients(stage, last, layers, tail, x, rows, rates)
+            return (_weighted(rates, value, sums), (sums, further)), gradients
+
+        def backward(gradients: tuple[Any, Any, jax.Array], cotangent: tuple[jax.Array, Any]) -> tuple[Any, ...]:
+            scaled = jax.tree.map(lambda g: (g.astype(jnp.float32) * cotangent[0]).astype(g.dtype), gradients)
+            return *scaled, None, None
+
+        total.defvjp(forward, backward)
+        return total(layers, tail, x, rows, rates)
+
+    def _loss_and_gradients(
+        self, stage: StageFunction, last: LastFunction, layers: Any, tail: Any, x: jax.Array, rows: Any, rates: Any
+    ) -> tuple[jax.Array, Any, Any, tuple[Any, Any, jax.Array]]:
+        """The loss, the sums, the further sums, and the gradient of their weighted sum by layers, tail and x."""
+        xs, rows = self._split(x, batch_dims=("seq", None)), self._split_all(rows)
+        ring = jax.shard_map(
+            partial(_two_way_ring, stage, last, self.stages),
+            mesh=self.mesh,
+            axis_names={"pp"},
+            in_specs=(P("pp"), P(), P(), P(), P(), P("pp")),
+            out_specs=(P("pp"), P("pp"), P("pp"), P("pp")),
+            check_vma=False,
+        )
+        d_layers, d_tail, d_xs, values = ring(layers, tail, xs, rows, rates, self.active)
+        d_tail, values = jax.tree.map(lambda a: a.sum(axis=0), (d_tail, values))
+        return *values, (d_layers, d_tail, self._join(d_xs[0]))
 
     def _split(self, a: jax.Array, *, batch_dims: tuple[str | None, ...] = ()) -> jax.Array:
         """[B, ...] -> [M, b, ...], interleaved: every device keeps its rows."""
@@ -180,9 +207,7 @@ def _repeats(cfg: ModelConfig, chunks: int, stages: Sequence[int] | None) -> tup
         near = " or ".join(str(r) for r in (below, below + chunks) if r)
         even = [len(part) for part in np.array_split(np.arange(stack.repeats), chunks)]
         uneven = f", or set runtime.stages={even}" if min(even) else ""
-        raise ValueError(
-            f"mesh.pp: {chunks} stages do not divide {whole}; the nearest that they do are {near}{uneven}"
-        )
+        raise ValueError(f"mesh.pp: {chunks} stages do not divide {whole}; the nearest that they do are {near}{uneven}")
     return (stack.repeats // chunks,) * chunks
 
 
@@ -244,3 +269,65 @@ def _ring(
     if v > 1:
         done = done // n * (n * v) + (v - 1) * n + done % n
     return jax.tree.map(lambda a: a[None], (ys[done + n - 1], sums))
+
+
+def _two_way_ring(
+    stage: StageFunction,
+    last: LastFunction,
+    n: int,
+    layers: Any,
+    tail: Any,
+    xs: jax.Array,
+    rows: Any,
+    rates: Any,
+    active: jax.Array | None,
+) -> tuple[Any, Any, jax.Array, Any]:
+    """One stage's part of a loss and its gradient: every tick takes one microbatch forward and one backward.
+
+    xs [M, b, T, D]. Microbatch k goes forward on stage i at tick k + i and backward at tick k + 2 (n - 1) - i: on the
+    last stage at once, and on each stage before it a tick later. Returns the gradients by this stage's layers, by the tail
+    [1, ...] and by xs [1, M, b, T, D] (the first stage's count), and the loss and all sums [1, ...].
+    """
+    i, m = jax.lax.axis_index("pp"), xs.shape[0]
+    kept = min(m, 2 * n - 1)
+
+    def whole(layers: Any, tail: Any, x: jax.Array, rows: Any) -> tuple[Any, Any]:
+        y, sums = stage(layers, x, rows, active)
+        value, more, further = last(tail, y, rows)
+        return (y, value, sums, more), further
+
+    def tick(carry: Any, t: jax.Array) -> tuple[Any, None]:
+        inbox, d_inbox, inputs, totals, d_xs = carry
+        ahead, back = t - i, t - 2 * (n - 1) + i
+        k = jnp.clip(ahead, 0, m - 1)
+        x = jnp.where(i == 0, xs[k], inbox)
+        inputs = inputs.at[jnp.where(ahead == k, k % kept, kept)].set(x, mode="drop")
+        outbox = stage(layers, x, _take(rows, k), active)[0]
+
+        k = jnp.clip(back, 0, m - 1)
+        works, ends = back == k, (back == k) & (i == n - 1)
+        of_rows = _take(rows, k)
+        (_, value, sums, more), pull, further = jax.vjp(
+            lambda *args: whole(*args, of_rows), layers, tail, inputs[k % kept], has_aux=True
+        )
+        by_sums = _where(works, rates[1])
+        d_y = _where(works & (i < n - 1), d_inbox)
+        d_layers, d_tail, d_x = pull((d_y, _where(ends, rates[0]), by_sums, _where(ends, rates[1])))
+        sums = jax.tree.map(jnp.add, _where(works, sums), _where(ends, more))
+        new = (d_layers, d_tail, (_where(ends, value), sums, _where(ends, further)))
+        totals = jax.tree.map(jnp.add, totals, new)
+        d_xs = d_xs.at[jnp.where(works & (i == 0), k, m)].set(d_x, mode="drop")
+        return (_shift(outbox, n, by=1), _shift(d_x, n, by=-1), inputs, totals, d_xs), None
+
+    (_, value, sums, _), further = jax.eval_shape(whole, layers, tail, xs[0], _take(rows, 0))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (layers, tail, (value, sums, further)))
+    no_inputs = jnp.zeros((kept, *xs.shape[1:]), xs.dtype)
+    start = (no_inputs[0], no_inputs[0], no_inputs, zeros, jnp.zeros_like(xs))
+    (_, _, _, totals, d_xs), _ = jax.lax.scan(tick, start, jnp.arange(m + 2 * (n - 1)))
+    d_layers, d_tail, values = totals
+    return d_layers, *jax.tree.map(lambda a: a[None], (d_tail, d_xs, values))
+
+
+def _where(condition: jax.Array, tree: Any) -> Any:
+    """The tree, or zeros where the condition does not hold."""
+    return jax.tree.map(lambda a: jnp.where(condition, a, jnp.zeros_like(a)), tree)

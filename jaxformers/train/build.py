@@ -36,9 +36,7 @@ RUN_ONCE = {"xla_backend_optimization_level": 1}
 UNROLLED_LAYERS = 32  # deeper models compile too long when every layer is its own code
 
 
-def make_runtime(
-    config: RuntimeConfig, cfg: ModelConfig, mesh: Mesh, *, pipeline: Pipeline | None = None
-) -> Runtime:
+def make_runtime(config: RuntimeConfig, cfg: ModelConfig, mesh: Mesh, *, pipeline: Pipeline | None = None) -> Runtime:
     """The runtime of a training step on this mesh.
 
     On CPU, `auto` unrolls layers, as scanned weights are copied every step, unless memory is to be saved by

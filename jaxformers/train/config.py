@@ -37,7 +37,7 @@ class RuntimeConfig(BaseModel):
     virtual_stages: int = Field(2, ge=1, description="Chunks of layers a stage of the interleaved schedule holds.")
     stages: tuple[int, ...] | None = Field(
         None,
-        description="Repeats of the pipelined layers' pattern for each stage (or chunk), in order; null = as many each.",
+        description="Repeats of the pipelined layers' pattern in each stage (or chunk); null = as many in each.",
     )
 
 

@@ -12,9 +12,18 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from jaxformers.models.config import ModelConfig
-from jaxformers.models.decoder import gather_shared, hidden_states, unembed
+from jaxformers.models.config import ModelConfig, longest_stack, plan_stacks
+from jaxformers.models.decoder import (
+    embed,
+    gather_shared,
+    hidden_states,
+    make_context,
+    make_stage,
+    run_stacks,
+    unembed,
+)
 from jaxformers.models.params import Params
+from jaxformers.models.routing import MoEStats
 from jaxformers.models.runtime import Runtime
 from jaxformers.train.config import LossConfig
 
@@ -75,6 +84,8 @@ def lm_loss(
     weighted target, the experts' losses per token and sparse layer. `chunk` is as `chunk_length` gives it.
     """
     params = gather_shared(params, cfg, runtime)
+    if runtime.run_loss is not None:
+        return _pipelined_loss(params, batch, totals, cfg, runtime, config, chunk=chunk)
     hidden = hidden_states(
         params, cfg, batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"], runtime=runtime
     )
@@ -82,11 +93,61 @@ def lm_loss(
     loss, sums = head_loss(head, hidden.x, batch, cfg, runtime, z_weight=config.z_loss, chunk=chunk)
     loss /= totals.weight
     if hidden.moe is not None:
-        layers = sum(kind.ffn == "moe" for kind in cfg.layers)
-        experts = config.balance_loss * hidden.moe.balance + config.router_z_loss * hidden.moe.router_z
-        loss += experts / (totals.tokens * layers)
-        sums = sums.replace(balance=hidden.moe.balance, router_z=hidden.moe.router_z, load=hidden.moe.load)
-    return loss, sums
+        rates = _expert_rates(totals, cfg, config)
+        loss += rates.balance * hidden.moe.balance + rates.router_z * hidden.moe.router_z
+    return loss, _with_experts(sums, hidden.moe)
+
+
+def _expert_rates(totals: Totals, cfg: ModelConfig, config: LossConfig) -> MoEStats:
+    """What each of the experts' sums adds to the loss, per unit."""
+    assert cfg.moe is not None
+    layers = sum(kind.ffn == "moe" for kind in cfg.layers)
+    per_token = 1 / (totals.tokens * layers)
+    zeros = MoEStats.zeros(cfg.moe)
+    return zeros.replace(balance=config.balance_loss * per_token, router_z=config.router_z_loss * per_token)
+
+
+def _with_experts(sums: Sums, moe: MoEStats | None) -> Sums:
+    return sums if moe is None else sums.replace(balance=moe.balance, router_z=moe.router_z, load=moe.load)
+
+
+def _pipelined_loss(
+    params: Params,
+    batch: Batch,
+    totals: Totals,
+    cfg: ModelConfig,
+    runtime: Runtime,
+    config: LossConfig,
+    *,
+    chunk: int | None,
+) -> tuple[jax.Array, Sums]:
+    """`lm_loss` where the runtime computes the longest stack, all behind it and their gradient in one go."""
+    assert runtime.run_loss is not None
+    stacks = plan_stacks(cfg.layers)
+    k = longest_stack(stacks)
+    ctx = make_context(cfg, runtime, batch["positions"], batch["segment_ids"])
+    x = embed(params, cfg, batch["tokens"], batch["positions"], runtime)
+    x, before = run_stacks(params["layers"][:k], x, ctx, cfg, runtime)
+    run = make_stage(cfg, runtime, stacks[k])
+
+    def stage(layers: Any, x: jax.Array, rows: Batch, active: jax.Array | None) -> tuple[jax.Array, MoEStats | None]:
+        return run(layers, x, (rows["positions"], rows["segment_ids"]), active)
+
+    def last(tail: Params, x: jax.Array, rows: Batch) -> tuple[jax.Array, MoEStats | None, Sums]:
+        ctx = make_context(cfg, runtime, rows["positions"], rows["segment_ids"])
+        x, stats = run_stacks(tail["layers"], x, ctx, cfg, runtime, first=k + 1)
+        head = {name: leaf for name, leaf in tail.items() if name != "layers"}
+        loss, sums = head_loss(head, x, rows, cfg, runtime, z_weight=config.z_loss, chunk=chunk)
+        return loss, stats, sums
+
+    tail = {name: params[name] for name in HEAD if name in params} | {"layers": params["layers"][k + 1 :]}
+    rows = {name: a for name, a in batch.items() if name != "tokens"}
+    rates = (1 / totals.weight, None if before is None else _expert_rates(totals, cfg, config))
+    loss, (moe, sums) = runtime.run_loss(stage, last, params["layers"][k], tail, x, rows, rates)
+    if before is not None:
+        loss += rates[1].balance * before.balance + rates[1].router_z * before.router_z
+        moe = jax.tree.map(jnp.add, moe, before)
+    return loss, _with_experts(sums, moe)
 
 
 def eval_sums(
