@@ -94,10 +94,13 @@ class Pipeline:
             partial(_ring, stage, self.stages, self.rounds),
             mesh=self.mesh,
             axis_names={"pp"},
-            in_specs=(P("pp"), P(), P(), P("pp")),
+            in_specs=(P("pp"), P("pp"), P(), P("pp")),
             out_specs=P("pp"),
             check_vma=False,
         )
+        # A copy for each stage, not one for all: the sum of their gradients is then the compiler's to place. The one
+        # that `shard_map` would insert makes XLA:CPU abort in bfloat16.
+        xs = jnp.broadcast_to(xs, (self.stages, *xs.shape))
         ys, sums = ring(layers, xs, rows, self.active)
         return self._join(ys[-1]), jax.tree.map(lambda a: a.sum(axis=0), sums)
 
@@ -241,13 +244,13 @@ def _shift(x: jax.Array, n: int, *, by: int) -> jax.Array:
 def _ring(
     stage: StageFunction, n: int, v: int, layers: Any, xs: jax.Array, rows: Any, active: jax.Array | None
 ) -> tuple[jax.Array, Any]:
-    """One stage's part: xs [M, b, T, D] -> ys [1, M, b, T, D], which are the stack's on the last stage alone, and this
-    stage's sums [1, ...].
+    """One stage's part: xs [1, M, b, T, D] -> ys [1, M, b, T, D], which are the stack's on the last stage alone, and
+    this stage's sums [1, ...].
 
     Groups of n microbatches go round v times before the next group enters, so what comes back to the first stage is
     always what it needs next (arXiv:2104.04473); with v = 1 that is the plain pipeline, for any M.
     """
-    i, m = jax.lax.axis_index("pp"), xs.shape[0]
+    i, m, xs = jax.lax.axis_index("pp"), xs.shape[1], xs[0]
     chunks = jax.tree.map(lambda a: a.reshape(v, -1, *a.shape[1:]), (layers, active))
 
     def tick(carry: Any, t: jax.Array) -> tuple[Any, jax.Array]:
@@ -285,8 +288,8 @@ def _two_way_ring(
     """One stage's part of a loss and its gradient: every tick takes one microbatch forward and one backward.
 
     xs [M, b, T, D]. Microbatch k goes forward on stage i at tick k + i and backward at tick k + 2 (n - 1) - i: on the
-    last stage at once, and on each stage before it a tick later. Returns the gradients by this stage's layers, by the tail
-    [1, ...] and by xs [1, M, b, T, D] (the first stage's count), and the loss and all sums [1, ...].
+    last stage at once, and on each stage before it a tick later. Returns the gradients by this stage's layers, by the
+    tail [1, ...] and by xs [1, M, b, T, D] (the first stage's count), and the loss and all sums [1, ...].
     """
     i, m = jax.lax.axis_index("pp"), xs.shape[0]
     kept = min(m, 2 * n - 1)
