@@ -264,7 +264,7 @@ def test_a_pipeline_that_does_not_fit_is_refused_before_anything_is_compiled(mod
 
 def test_a_dry_run_refuses_a_pipeline_that_does_not_fit(tmp_path):
     values = run_config(tmp_path, mesh={"pp": 2, "fsdp": 4, "dp": 1}, train={"batch_size": 16})
-    with pytest.raises(ValueError, match="runtime.microbatches is 4, but has to divide the 2 rows"):
+    with pytest.raises(ValueError, match=r"runtime\.microbatches is 4, but has to divide the 2 rows"):
         prepare_run(load_config(values, ["train.accumulation=2"]))
 
 
