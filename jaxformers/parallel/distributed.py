@@ -13,6 +13,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jaxformers.parallel.rendezvous import meet
+
 START_SECONDS = 120  # to wait for processes that have not come yet
 HEARTBEAT_SECONDS = 30  # of silence until a process counts as dead, and all others stop
 
@@ -86,6 +88,8 @@ def start(processes: Processes | None) -> None:
     """Joins the other processes; to be called before jax looks at any device. ValueError where they do not come."""
     if processes is None or processes.count == 1:
         return
+    if processes.coordinator is not None:
+        meet(processes.coordinator, index=processes.index, count=processes.count, seconds=START_SECONDS)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     known = {"num_processes": processes.count, "process_id": processes.index}
     where = {"cluster_detection_method": processes.scheduler} if processes.scheduler else known

@@ -3,9 +3,11 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -16,6 +18,7 @@ from tiny import relative_error, run_config
 
 from jaxformers.api import load
 from jaxformers.parallel.distributed import Processes, find_processes
+from jaxformers.parallel.rendezvous import meet
 
 
 def test_a_process_without_arguments_or_variables_is_alone():
@@ -67,9 +70,34 @@ def test_arguments_that_do_not_fit_are_refused(given, message):
     assert str(caught.value) == message
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_processes_meet_and_leave_the_port_free():
+    port = free_port()
+    with ThreadPoolExecutor() as pool:
+        waits = [pool.submit(meet, f"127.0.0.1:{port}", index=i, count=3, seconds=10) for i in (2, 1, 0)]
+        assert [wait.result() for wait in waits] == [None] * 3
+    with socket.create_server(("127.0.0.1", port)):
+        pass
+
+
+def test_those_who_do_not_come_in_time_are_named():
+    port = free_port()
+    with ThreadPoolExecutor() as pool:
+        waits = [pool.submit(meet, f"127.0.0.1:{port}", index=i, count=4, seconds=0.5) for i in (0, 2)]
+        with pytest.raises(ValueError, match=rf"process 1, 3 of 4 did not come to port {port} within 0\.5 seconds"):
+            waits[0].result()
+        with pytest.raises(ValueError, match="process 0 did not answer"):
+            waits[1].result()
+
+
 def command(folder: Path, *arguments: str, devices: int, **sections) -> subprocess.Popen:
     """`jaxformers ARGUMENTS train CONFIG`, in processes of so many CPU devices each."""
-    values = run_config(folder, mesh={"dp": 2, "fsdp": 2}, optimizer={"eps": 1e-3}, **sections)
+    values = run_config(folder, **{"mesh": {"dp": 2, "fsdp": 2}, "optimizer": {"eps": 1e-3}} | sections)
     config = folder / "config.yaml"
     config.write_text(yaml.safe_dump(values), encoding="utf-8")
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
@@ -88,11 +116,12 @@ def metrics_of(folder: Path) -> np.ndarray:
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_does_and_leave_one_log_and_one_checkpoint(tmp_path):
+@pytest.mark.parametrize("mesh", [{"dp": 2, "fsdp": 2}, {"pp": 2, "fsdp": 2, "dp": 1}], ids=str)
+def test_two_processes_train_as_one_does_and_leave_one_log_and_one_checkpoint(tmp_path, mesh):
     folders = {"one": tmp_path / "one", "two": tmp_path / "two"}
     for name, arguments, devices in (("one", (), 4), ("two", ("launch", "--processes", "2", "--"), 2)):
         folders[name].mkdir()
-        process = command(folders[name], *arguments, devices=devices, train={"steps": 4})
+        process = command(folders[name], *arguments, devices=devices, mesh=mesh, train={"steps": 4})
         _, errors = process.communicate(timeout=240)
         assert process.returncode == 0, errors
         assert errors.count("done: ") == 1
