@@ -56,11 +56,19 @@ def train(
     config: Annotated[Path, typer.Argument(help="A YAML config, such as configs/quickstart.yaml.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it, such as train.steps=100.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the config, show what it needs, and stop.")] = False,
+    coordinator: Annotated[
+        str | None, typer.Option(help="HOST:PORT of process 0, where several processes train together.")
+    ] = None,
+    process_id: Annotated[int | None, typer.Option(help="This process among them, from 0.")] = None,
+    num_processes: Annotated[int | None, typer.Option(help="How many they are.")] = None,
 ) -> None:
     """Train a model from a config; go on from the newest checkpoint where there is one."""
     from jaxformers.config import dump_yaml, load_config
 
     resolved = load_config(config, overrides or [])
+    from jaxformers.parallel import distributed
+
+    distributed.start(distributed.find_processes(coordinator=coordinator, index=process_id, count=num_processes))
     from jaxformers import training
 
     if dry_run:
@@ -70,6 +78,8 @@ def train(
             print(f"# {name}: {value}")
         return
     result = training.fit(resolved)
+    if not distributed.is_first():
+        return
     for prompt, text in zip(resolved.sample.prompts, result.samples, strict=False):
         print(f"--- sample\n{prompt}{text}\n---")
     if result.stopped:
@@ -78,6 +88,17 @@ def train(
         )
     else:
         print(f"done: {result.run_dir} holds step {result.step}", file=sys.stderr)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def launch(
+    context: typer.Context,
+    processes: Annotated[int, typer.Option(help="Processes to start on this machine.")] = 2,
+) -> None:
+    """Run a command in several processes that work as one: launch --processes 2 -- train CONFIG."""
+    from jaxformers.launch.local import launch as run
+
+    raise typer.Exit(run(context.args, processes=processes))
 
 
 @app.command()

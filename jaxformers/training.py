@@ -27,11 +27,12 @@ from jaxformers.families.catalog import is_published
 from jaxformers.generation import generate
 from jaxformers.models.config import ModelConfig
 from jaxformers.models.params import count_params, flops_per_token
+from jaxformers.parallel.distributed import is_first
 from jaxformers.parallel.mesh import batch_sharding, batch_shards, make_mesh
 from jaxformers.train.build import Trainer
 from jaxformers.train.checkpoint import Checkpointer
 from jaxformers.train.loop import Result, train
-from jaxformers.train.monitor import Display, MetricsFile, TensorBoard, Trackers
+from jaxformers.train.monitor import Display, MetricsFile, TensorBoard, Tracker, Trackers
 from jaxformers.train.state import TrainState
 
 
@@ -97,6 +98,8 @@ def _check_shapes(config: RunConfig, cfg: ModelConfig, mesh: Mesh) -> None:
             f"train: a microbatch of {rows} rows (batch_size {config.train.batch_size} / accumulation "
             f"{config.train.accumulation}) cannot be split over {shards} devices; make it a multiple of {shards}"
         )
+    if config.sample.prompts and jax.process_count() > 1:
+        raise ValueError("sample.prompts are continued by a single process; set sample.prompts=[]")
     if config.data.sequence_length > cfg.context_length:
         raise ValueError(
             f"data.sequence_length is {config.data.sequence_length}, but the model's context is {cfg.context_length}"
@@ -139,7 +142,7 @@ def fit(
         config = load_config(config, overrides)
     elif overrides:
         config = load_config(config.model_dump(mode="json"), overrides)
-    console = console or Console(stderr=True)
+    console = console or Console(stderr=True, quiet=not is_first())
     setup = prepare_run(config)
     run_dir = Path(config.run_dir).expanduser()
     with ExitStack() as stack:
@@ -156,8 +159,9 @@ def fit(
         feed = _feed(setup, corpus)
         state = _first_state(setup, checkpoints, resume_step, feed.batches, console)
         # Only now is it certain that the run may go on here: what it says of itself is left as it was until then.
-        tokenizer.save(run_dir / TOKENIZER_FOLDER)
-        (run_dir / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
+        if is_first():
+            tokenizer.save(run_dir / TOKENIZER_FOLDER)
+            (run_dir / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
         result = _run(setup, state, feed, checkpoints, meta, run_dir, console)
     model = Model(setup.cfg, result.state.params, tokenizer, setup.mesh, config.runtime.dtype, meta["generation"])
     samples = tuple(_samples(model, config)) if result.stopped is None else ()
@@ -299,8 +303,11 @@ def _run(
 ) -> Result:
     """The loop, with all that watches it."""
     config, first_step = setup.config, int(state.step)
-    others = [TensorBoard(run_dir)] if config.train.tensorboard else []
-    trackers = Trackers([MetricsFile(run_dir, resume_step=first_step), *others])
+    writers: list[Tracker] = []
+    if is_first():
+        writers.append(MetricsFile(run_dir, resume_step=first_step))
+        writers += [TensorBoard(run_dir)] if config.train.tensorboard else []
+    trackers = Trackers(writers)
     display = Display(first_step=first_step, steps=config.train.steps, console=console)
     try:
         return train(

@@ -213,11 +213,6 @@ def test_a_mesh_that_does_not_fit_the_devices(run, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_mesh_axis_that_is_not_available_yet(run, tmp_path):
-    config = write_config(tmp_path, mesh={"fsdp": 1, "dp": 4, "cp": 2})
-    assert run("train", config).mistake == "mesh: cp=2 is not available yet; use dp, fsdp, tp"
-
-
 def test_a_batch_that_the_mesh_does_not_divide(run, tmp_path):
     config = write_config(tmp_path, train={"batch_size": 12})
     assert run("train", config).mistake == (

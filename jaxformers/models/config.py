@@ -240,6 +240,11 @@ def plan_stacks(layers: tuple[LayerKind, ...]) -> tuple[Stack, ...]:
     return tuple(stacks)
 
 
+def longest_stack(stacks: tuple[Stack, ...]) -> int:
+    """Index of the stack that holds most layers, the first among equals: the one that a pipeline cuts into stages."""
+    return max(range(len(stacks)), key=lambda k: (stacks[k].repeats * len(stacks[k].pattern), -k))
+
+
 def _longest_run(layers: tuple[LayerKind, ...], start: int) -> tuple[int, int]:
     """(pattern length, repeats) of the run that covers most layers from `start`; the shortest pattern among equals."""
     best = (1, 1)

@@ -5,6 +5,7 @@ B batch, T time, D model, V vocabulary
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -13,14 +14,14 @@ import jax.numpy as jnp
 
 from jaxformers.models.attention import gqa, mla
 from jaxformers.models.cache import Cache, LayerCache
-from jaxformers.models.config import LayerKind, ModelConfig, Stack, plan_stacks
+from jaxformers.models.config import LayerKind, ModelConfig, Stack, longest_stack, plan_stacks
 from jaxformers.models.context import Context
 from jaxformers.models.ffn import mlp, moe
 from jaxformers.models.layers import named_norm, softcap
 from jaxformers.models.layout import unstack
 from jaxformers.models.params import Params, layer_spec, model_spec
 from jaxformers.models.rope import rotations
-from jaxformers.models.routing import MoEStats, join_layers
+from jaxformers.models.routing import MoEStats, concat_layers, each_layer, join_layers
 from jaxformers.models.runtime import Runtime
 from jaxformers.models.weights import linear, lookup, output_lengths, transposed_linear
 
@@ -109,19 +110,61 @@ def hidden_states(
     """
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    ctx = Context(
-        positions, segment_ids, rotations(cfg, positions), runtime.shard, runtime.attend, runtime.experts, read_slots
-    )
+    ctx = make_context(cfg, runtime, positions, segment_ids, read_slots=read_slots)
     if "layers" in params and (cache is not None or runtime.layers == "unroll"):
         params = unstack(params, cfg)
     x = embed(params, cfg, tokens, positions, runtime)
     if "blocks" in params:
         return _run_blocks(params["blocks"], x, ctx, cfg, runtime, cache)
-    found: list[MoEStats] = []
-    for stack, layers in zip(plan_stacks(cfg.layers), params["layers"], strict=True):
-        x, stats = _scan_stack(layers, x, ctx, cfg, runtime, stack)
-        found += [] if stats is None else [stats]
-    return Hidden(x, moe=jax.tree.map(lambda *a: jnp.concatenate(a), *found) if found else None)
+    x, stats = run_stacks(params["layers"], x, ctx, cfg, runtime)
+    return Hidden(x, moe=stats)
+
+
+def make_context(
+    cfg: ModelConfig,
+    runtime: Runtime,
+    positions: jax.Array,
+    segment_ids: jax.Array | None,
+    *,
+    read_slots: int | None = None,
+) -> Context:
+    """What the layers share about tokens at `positions` int32 [B, T] in documents `segment_ids` int32 [B, T]."""
+    turns = rotations(cfg, positions)
+    return Context(positions, segment_ids, turns, runtime.shard, runtime.attend, runtime.experts, read_slots)
+
+
+def run_stacks(
+    layers: list[list[Params]], x: jax.Array, ctx: Context, cfg: ModelConfig, runtime: Runtime, *, first: int = 0
+) -> tuple[jax.Array, MoEStats | None]:
+    """x [B, T, D] through the model's stacks from number `first` on, as many as `layers` holds; statistics [sparse
+    layers, ...] of theirs."""
+    stacks = plan_stacks(cfg.layers)
+    found: list[MoEStats | None] = []
+    for k, stacked in enumerate(layers, start=first):
+        stage = make_stage(cfg, runtime, stacks[k])
+        rows = (ctx.positions, ctx.segment_ids)
+        if runtime.run_stack is not None and k == longest_stack(stacks):
+            x, stats = runtime.run_stack(stage, stacked, x, rows)
+        else:
+            x, stats = stage(stacked, x, rows, None, ctx=ctx)
+        found.append(each_layer(stats))
+    return x, concat_layers(found)
+
+
+def make_stage(cfg: ModelConfig, runtime: Runtime, stack: Stack) -> Callable[..., tuple[jax.Array, MoEStats | None]]:
+    """The function (layers [R, ...], x [B, T, D], rows, active) -> (x, statistics) that runs R repeats of a stack's
+    pattern.
+
+    rows are (positions, segment_ids); active bool [R] says which repeats count, None = all. The statistics are [R,
+    sparse layers of the pattern, ...], zero for a repeat that does not count; None without sparse layers.
+    """
+
+    def stage(
+        layers: list[Params], x: jax.Array, rows: Any, active: jax.Array | None, *, ctx: Context | None = None
+    ) -> tuple[jax.Array, MoEStats | None]:
+        return _scan_stack(layers, x, ctx or make_context(cfg, runtime, *rows), cfg, runtime, stack, active)
+
+    return stage
 
 
 def _run_blocks(
@@ -150,19 +193,23 @@ def _scan_stack(
     cfg: ModelConfig,
     runtime: Runtime,
     stack: Stack,
+    active: jax.Array | None,
 ) -> tuple[jax.Array, MoEStats | None]:
-    """One compiled body for all repeats of a stack's pattern; layers' leaves are [repeats, ...]."""
+    """One compiled body for all repeats of a stack's pattern, as `make_stage` says."""
 
-    def body(x: jax.Array, repeat: list[Params]) -> tuple[jax.Array, MoEStats | None]:
-        found: list[MoEStats] = []
-        for p, kind in zip(repeat, stack.pattern, strict=True):
+    def body(x: jax.Array, repeat: tuple[list[Params], jax.Array | None]) -> tuple[jax.Array, MoEStats | None]:
+        before, found = x, []
+        layers, runs = repeat
+        for p, kind in zip(layers, stack.pattern, strict=True):
             p = runtime.gather(p, layer_spec(cfg, kind))
             x, _, stats = block(p, x, ctx, cfg, kind, None)
             found += [] if stats is None else [stats]
-        return x, join_layers(found)
+        stats = join_layers(found)
+        if runs is None:
+            return x, stats
+        return jnp.where(runs, x, before), jax.tree.map(lambda a: jnp.where(runs, a, 0), stats)
 
-    x, stats = jax.lax.scan(runtime.rematerialize(body), x, layers)
-    return x, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), stats)  # [repeats, in the pattern, ...]
+    return jax.lax.scan(runtime.rematerialize(body), x, (layers, active))
 
 
 def forward(

@@ -5,6 +5,7 @@ B batch, T time, M = B T tokens, E experts, k experts a token
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import flax.struct
@@ -48,6 +49,17 @@ class MoEStats:
 def join_layers(layers: list[MoEStats]) -> MoEStats | None:
     """The statistics of each layer as one, leaves [layers, ...]; None of no layers."""
     return jax.tree.map(lambda *a: jnp.stack(a), *layers) if layers else None
+
+
+def each_layer(repeats: MoEStats | None) -> MoEStats | None:
+    """Statistics [repeats, layers of a pattern, ...] as [layers, ...], in the model's order."""
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), repeats)
+
+
+def concat_layers(parts: Sequence[MoEStats | None]) -> MoEStats | None:
+    """Statistics [layers, ...] of successive layers as one; None of no sparse layers."""
+    sparse = [part for part in parts if part is not None]
+    return jax.tree.map(lambda *a: jnp.concatenate(a), *sparse) if sparse else None
 
 
 def route(p: Params, x: jax.Array, m: MoE) -> Routing:

@@ -38,8 +38,9 @@ class Runtime:
     dtype: of activations and of weights at use. remat: what the backward pass recomputes: nothing, all of a layer, all
     but its matmuls, or all but its projections. layers: one scanned body for equal layers (compiles fast at any
     depth), or every layer unrolled (runs faster on CPU and in decoding; XLA:CPU then recomputes without saving memory).
-    shard(x, *axes) places an activation; gather(params, spec) brings weights together for use; attend, experts:
-    kernels.
+    run_stack(stage, layers, x, rows), if given, runs the longest stack; run_loss, that stack and all behind it (see
+    `parallel.pipeline`). shard(x, *axes) places an activation; gather(params, spec) brings weights together for use;
+    attend, experts: kernels.
     """
 
     dtype: Any = jnp.float32
@@ -49,6 +50,8 @@ class Runtime:
     gather: Callable[[Params, Params], Params] = no_gather
     attend: Callable[..., jax.Array] = dot_product
     experts: Callable[..., jax.Array] = local_experts
+    run_stack: Callable[..., Any] | None = None
+    run_loss: Callable[..., Any] | None = None
 
     def rematerialize(self, body: Callable[..., Any]) -> Callable[..., Any]:
         """`body` whose backward pass recomputes what `remat` says."""

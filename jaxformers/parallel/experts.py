@@ -51,7 +51,7 @@ def mesh_experts(
                 f"runtime: experts=alltoall without a capacity_factor needs ragged_all_to_all, which {platform} does "
                 "not have; set runtime.capacity_factor, or experts=allgather"
             )
-    if mesh.size == 1 or cfg.moe is None:
+    if mesh.size == mesh.shape["pp"] or cfg.moe is None:
         return local_experts
     if mesh.shape["ep"] == 1:
         mix = _mix_here

@@ -22,7 +22,6 @@ from jaxformers.models.runtime import no_gather, no_shard
 log = logging.getLogger(__name__)
 
 AXES = ("pp", "dp", "fsdp", "ep", "cp", "tp")  # outermost first: slow links left, fast links right
-WORKING = ("dp", "fsdp", "ep", "cp", "tp")
 Rules = Mapping[str, tuple[str, ...]]
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("dp", "fsdp", "ep"),
@@ -60,7 +59,6 @@ class MeshConfig(BaseModel):
         bad = [axis for axis, size in wanted.items() if size != "auto" and size < 1]
         if bad:
             raise ValueError(f"mesh: {bad[0]} is {wanted[bad[0]]}; an axis size is at least 1, or auto")
-        _refuse_unavailable({axis: size for axis, size in wanted.items() if size != "auto"})
         free = [axis for axis, size in wanted.items() if size == "auto"]
         if len(free) > 1:
             raise ValueError(f"mesh: {' and '.join(free)} are both auto; at most one axis may be")
@@ -68,15 +66,7 @@ class MeshConfig(BaseModel):
         if num_devices % fixed or (not free and fixed != num_devices):
             need = f"{fixed} device{'s' if fixed > 1 else ''}"
             raise ValueError(f"mesh: {shown or 'all sizes 1'} needs {need}, but there are {num_devices}")
-        sizes = {axis: num_devices // fixed if size == "auto" else size for axis, size in wanted.items()}
-        _refuse_unavailable(sizes)
-        return sizes
-
-
-def _refuse_unavailable(sizes: Mapping[str, int]) -> None:
-    for axis, size in sizes.items():
-        if axis not in WORKING and size > 1:
-            raise ValueError(f"mesh: {axis}={size} is not available yet; use {', '.join(WORKING)}")
+        return {axis: num_devices // fixed if size == "auto" else size for axis, size in wanted.items()}
 
 
 def make_mesh(config: MeshConfig = MeshConfig(), *, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -142,7 +132,10 @@ def sharder(mesh: Mesh, rules: Rules = RULES) -> Callable[..., jax.Array]:
         return no_shard
 
     def shard(x: jax.Array, *axes: str | None) -> jax.Array:
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec_of(axes, x.shape, mesh, rules)))
+        spec = spec_of(axes, x.shape, mesh, rules)
+        # Inside an island where some axes are manual, the mesh of the context knows which; the whole mesh does not.
+        inside = jax.sharding.get_abstract_mesh().manual_axes
+        return jax.lax.with_sharding_constraint(x, spec if inside else NamedSharding(mesh, spec))
 
     return shard
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxformers.models.config import ModelConfig, plan_stacks
+from jaxformers.models.config import ModelConfig, longest_stack, plan_stacks
 from jaxformers.models.params import Params
 
 
@@ -23,11 +23,14 @@ def check_expert_bias(cfg: ModelConfig, *, rate: float) -> None:
         )
 
 
-def shift_expert_biases(params: Params, load: jax.Array, cfg: ModelConfig, *, rate: float) -> Params:
+def shift_expert_biases(
+    params: Params, load: jax.Array, cfg: ModelConfig, *, rate: float, slots: np.ndarray | None = None
+) -> Params:
     """The parameters with every selection bias moved by rate x sign(mean load - load).
 
     load float32 [sparse layers, E] counts the visits of a whole batch, which float32 does exactly up to 2^24 a layer.
-    params is the plain tree or `layout.unstack`'s.
+    params is the plain tree or `layout.unstack`'s; slots: which repeat each place of the longest stack holds, where
+    they are not in the model's order.
     """
     sparse = [i for i, kind in enumerate(cfg.layers) if kind.ffn == "moe"]
     shift = rate * jnp.sign(load.mean(axis=-1, keepdims=True) - load)
@@ -42,9 +45,11 @@ def shift_expert_biases(params: Params, load: jax.Array, cfg: ModelConfig, *, ra
             blocks[layer] = shifted(blocks[layer], row)
         return params | {"blocks": blocks}
     layers = [list(patterns) for patterns in params["layers"]]
-    for patterns, stack in zip(layers, plan_stacks(cfg.layers), strict=True):
+    stacks = plan_stacks(cfg.layers)
+    for k, (patterns, stack) in enumerate(zip(layers, stacks, strict=True)):
+        held = range(stack.repeats) if slots is None or k != longest_stack(stacks) else slots
         for j, kind in enumerate(stack.pattern):
             if kind.ffn == "moe":
-                rows = np.array([sparse.index(stack.layer(j, repeat)) for repeat in range(stack.repeats)])
+                rows = np.array([sparse.index(stack.layer(j, repeat)) for repeat in held])
                 patterns[j] = shifted(patterns[j], rows)
     return params | {"layers": layers}

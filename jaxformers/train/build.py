@@ -24,7 +24,16 @@ from jaxformers.models.runtime import Runtime
 from jaxformers.parallel.context import column_order, make_attend
 from jaxformers.parallel.experts import mesh_experts
 from jaxformers.parallel.hardware import peak_flops
-from jaxformers.parallel.mesh import RULES, SEQUENCE_PARALLEL, SPLIT_REPLICAS, gatherer, param_shardings, sharder
+from jaxformers.parallel.mesh import (
+    RULES,
+    SEQUENCE_PARALLEL,
+    SPLIT_REPLICAS,
+    batch_shards,
+    gatherer,
+    param_shardings,
+    sharder,
+)
+from jaxformers.parallel.pipeline import Pipeline, plan_pipeline
 from jaxformers.train.balance import check_expert_bias, shift_expert_biases
 from jaxformers.train.config import LossConfig, OptimizerConfig, RuntimeConfig, ScheduleConfig, TrainConfig
 from jaxformers.train.loop import Program
@@ -39,15 +48,20 @@ RUN_ONCE = {"xla_backend_optimization_level": 1}
 UNROLLED_LAYERS = 32  # deeper models compile too long when every layer is its own code
 
 
-def make_runtime(config: RuntimeConfig, cfg: ModelConfig, mesh: Mesh) -> Runtime:
+def make_runtime(config: RuntimeConfig, cfg: ModelConfig, mesh: Mesh, *, pipeline: Pipeline | None = None) -> Runtime:
     """The runtime of a training step on this mesh, with attention over whole rows.
 
     On CPU, `auto` unrolls layers, as scanned weights are copied every step, unless memory is to be saved by
-    recomputation: XLA:CPU keeps everything of an unrolled model alive, and so that pair is refused.
+    recomputation: XLA:CPU keeps everything of an unrolled model alive, and so that pair is refused. Layers of a
+    pipeline are always scanned, as each stage runs its own part of one array.
     """
     on_cpu, layers = mesh.devices.flat[0].platform == "cpu", config.layers
     if on_cpu and layers == "unroll" and config.remat != "none":
         raise ValueError(f"runtime: remat={config.remat} saves no memory with layers=unroll on CPU; use layers=scan")
+    if pipeline is not None:
+        if layers == "unroll":
+            raise ValueError(f"runtime.layers=unroll does not go with mesh.pp={pipeline.stages}; use scan or auto")
+        layers = "scan"
     if layers == "auto":
         unrolls = on_cpu and config.remat == "none" and cfg.num_layers <= UNROLLED_LAYERS
         layers = "unroll" if unrolls else "scan"
@@ -59,6 +73,8 @@ def make_runtime(config: RuntimeConfig, cfg: ModelConfig, mesh: Mesh) -> Runtime
         shard=sharder(mesh, SEQUENCE_PARALLEL if config.sequence_parallel else RULES),
         gather=gatherer(mesh, leave=("experts",)),
         experts=experts,
+        run_stack=None if pipeline is None else pipeline.run,
+        run_loss=pipeline.loss if pipeline is not None and pipeline.schedule == "1f1b" else None,
     )
 
 
@@ -79,6 +95,7 @@ class Trainer:
         """ValueError for settings that do not fit each other, before anything is compiled."""
         _ = self.learning_rate, self._runtime
         self._check_sequence_parallel()
+        self._check_linear_losses()
         check_expert_bias(self.cfg, rate=self.loss.expert_bias_rate)
 
     def _check_sequence_parallel(self) -> None:
@@ -88,6 +105,15 @@ class Trainer:
             raise ValueError(
                 f"runtime: sequence_parallel cannot split rows of {self.sequence_length} tokens over {shards} devices; "
                 f"the nearest lengths it can are {below or shards} and {below + shards}"
+            )
+
+    def _check_linear_losses(self) -> None:
+        """The gradient of 1F1B is taken before the sums of all microbatches are known."""
+        pipelined = self._pipeline is not None and self._pipeline.schedule == "1f1b"
+        if pipelined and self.cfg.moe is not None and self.loss.balance_over != "row":
+            raise ValueError(
+                f"loss: balance_over={self.loss.balance_over} needs all rows before any gradient, which "
+                "runtime.pipeline=1f1b has not; use balance_over=row, or pipeline=gpipe or interleaved"
             )
 
     @cached_property
@@ -103,11 +129,37 @@ class Trainer:
     def _runtime(self) -> Runtime:
         kinds = self.runtime.attention, self.runtime.context
         attend = make_attend(*kinds, self.cfg, self.mesh, length=self.sequence_length)
-        return replace(make_runtime(self.runtime, self.cfg, self.mesh), attend=attend)
+        runtime = make_runtime(self.runtime, self.cfg, self.mesh, pipeline=self._pipeline)
+        return replace(runtime, attend=attend)
+
+    @cached_property
+    def _pipeline(self) -> Pipeline | None:
+        """How layers are cut into stages. ValueError for a cut that does not fit the model, the mesh or the batch."""
+        return plan_pipeline(
+            self.cfg,
+            self.mesh,
+            rows=self.train.batch_size // self.train.accumulation // batch_shards(self.mesh.shape),
+            schedule=self.runtime.pipeline,
+            microbatches=self.runtime.microbatches,
+            virtual_stages=self.runtime.virtual_stages,
+            stages=self.runtime.stages,
+        )
 
     @cached_property
     def _spec(self) -> Params:
+        if self._arranged is not None:
+            return self._arranged.spec(self.cfg)
         return block_spec(self.cfg) if self._unrolled else model_spec(self.cfg)
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether the state runs in the form that checkpoints hold."""
+        return not self._unrolled and self._arranged is None
+
+    @property
+    def _arranged(self) -> Pipeline | None:
+        """The pipeline, if its stages want layers in another order than the plain tree's."""
+        return None if self._pipeline is None or self._pipeline.is_plain else self._pipeline
 
     @property
     def _unrolled(self) -> bool:
@@ -160,23 +212,28 @@ class Trainer:
 
     def from_plain(self, state: TrainState) -> TrainState:
         """The state to run from, of one in the form that checkpoints hold, which is used up."""
-        if not self._unrolled:
+        if self._is_plain:
             return state
         return jax.jit(partial(map_params, self._inward), out_shardings=self._places)(state)
 
     def to_plain(self, state: TrainState) -> TrainState:
         """The form that checkpoints hold, of a state to run from, which stays."""
-        if not self._unrolled:
+        if self._is_plain:
             return state
-        outward = partial(map_params, partial(stack, cfg=self.cfg))
+        outward = partial(map_params, self._outward)
         return jax.jit(outward, out_shardings=state_shardings(self.plain_state))(state)
 
     @property
     def _donated(self) -> tuple[int, ...]:
         """Buffers of the plain tree can only be used again where the state keeps its form."""
-        return () if self._unrolled else (0,)
+        return (0,) if self._is_plain else ()
+
+    def _outward(self, params: Params) -> Params:
+        return self._arranged.restore(params, self.cfg) if self._arranged else stack(params, self.cfg)
 
     def _inward(self, params: Params) -> Params:
+        if self._arranged is not None:
+            return self._arranged.arrange(params, self.cfg)
         return unstack(params, self.cfg) if self._unrolled else params
 
     @cached_property
@@ -206,11 +263,14 @@ class Trainer:
     @property
     def _balance(self) -> Callable[[Params, jax.Array], Params] | None:
         rate = self.loss.expert_bias_rate
-        return partial(shift_expert_biases, cfg=self.cfg, rate=rate) if rate else None
+        slots = None if self._arranged is None else self._arranged.slots
+        return partial(shift_expert_biases, cfg=self.cfg, rate=rate, slots=slots) if rate else None
 
     def _with_settings(self, function: Callable[..., Any], *, rows: int) -> Callable[..., Any]:
         """The function with what this run's settings say, for `rows` at a time."""
         length, vocab = self.sequence_length, self.cfg.vocab_size
-        devices, cp = self.mesh.size, self.mesh.shape["cp"]
+        cp = self.mesh.shape["cp"]
+        # Every stage computes the head of the same rows.
+        devices = self.mesh.size // self.mesh.shape["pp"]
         chunk = chunk_length(self.loss, rows=rows, length=length, vocab_size=vocab, devices=devices, context_shards=cp)
         return partial(function, cfg=self.cfg, runtime=self._runtime, config=self.loss, chunk=chunk)

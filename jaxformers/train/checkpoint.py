@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import args as ocp_args
 
 from jaxformers.models.params import Params
+from jaxformers.parallel.distributed import agree
 from jaxformers.train.config import CheckpointConfig
 from jaxformers.train.state import TrainState
 
@@ -78,7 +79,8 @@ class Checkpointer:
         """Whether the config asks for a checkpoint after this step."""
         by_step = self._config.every_steps is not None and step % self._config.every_steps == 0
         minutes = self._config.every_minutes
-        return by_step or (minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes)
+        # Clocks differ: processes agree on what one of them says.
+        return by_step or (minutes is not None and agree(time.monotonic() - self._saved_at >= 60 * minutes))
 
     def save(self, state: TrainState, data: grain.DatasetIterator, meta: Mapping[str, Any]) -> None:
         """Starts writing the state under its step number; returns once its arrays may be changed again.

@@ -56,6 +56,20 @@ class RuntimeConfig(BaseModel):
         description="alltoall: room for a device's tokens on another, relative to an even spread; the rest is dropped "
         "and counted. null: none is dropped, which needs a backend with ragged_all_to_all.",
     )
+    pipeline: Literal["gpipe", "interleaved", "1f1b"] = Field(
+        "gpipe",
+        description="Schedule over the stages of mesh.pp: all microbatches forward, then backward; the same with "
+        "several chunks of layers a stage, which idles less; or backward as early as it can be, which needs the least "
+        "memory and recomputes layers.",
+    )
+    microbatches: int | None = Field(
+        None, ge=1, description="Parts of a batch on their way through the pipeline; null = 2 x mesh.pp."
+    )
+    virtual_stages: int = Field(2, ge=1, description="Chunks of layers a stage of the interleaved schedule holds.")
+    stages: tuple[int, ...] | None = Field(
+        None,
+        description="Repeats of the pipelined layers' pattern in each stage (or chunk); null = as many in each.",
+    )
 
 
 class OptimizerConfig(BaseModel):

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 
+from jaxformers.parallel.distributed import agree
 from jaxformers.train.checkpoint import Checkpointer
 from jaxformers.train.config import TrainConfig
 from jaxformers.train.monitor import Display, Trackers
@@ -72,7 +73,7 @@ def train(
     validation_metrics: dict[str, float] = {}
     reporter = Reporter(program, config.steps, place, trackers, display)
     with catch_stop_signals() as stop:
-        while step < config.steps and stop.name is None:
+        while step < config.steps and not _stops(stop, asks=step % config.log_every == 0):
             try:
                 batch = place(next(batches))
             except StopIteration:
@@ -94,12 +95,13 @@ def train(
                     if saves:
                         checkpointer.save(program.to_plain(state), batches, meta)
         reporter.report()
-        if stop.name is None:
+        stopped = _stops(stop, asks=True)
+        if not stopped:
             validation_metrics = reporter.validate(step, state.params, validation)
         state = program.to_plain(state)
         checkpointer.save(state, batches, meta)
         checkpointer.wait()
-    return Result(state, step, reporter.metrics, validation_metrics, stop.name)
+    return Result(state, step, reporter.metrics, validation_metrics, stop.name if stopped else None)
 
 
 def evaluate(program: Program, params: Any, batches: Sequence[Any], place: Callable[[Any], Any]) -> dict[str, float]:
@@ -160,6 +162,17 @@ class Reporter:
         start = time.perf_counter()
         yield
         self._last += time.perf_counter() - start
+
+
+def _stops(stop: Stop, *, asks: bool) -> bool:
+    """Whether to take no further step. A signal may reach one process and not another, or later: several processes
+    stop where they `ask` each other, which is where all wait for metrics anyway."""
+    if jax.process_count() == 1:
+        return stop.name is not None
+    if not asks or not agree(stop.name is not None):
+        return False
+    stop.name = stop.name or "a signal to another process"
+    return True
 
 
 @dataclass

@@ -12,10 +12,18 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from jaxformers.models.config import ModelConfig
-from jaxformers.models.decoder import gather_shared, hidden_states, unembed
+from jaxformers.models.config import ModelConfig, longest_stack, plan_stacks
+from jaxformers.models.decoder import (
+    embed,
+    gather_shared,
+    hidden_states,
+    make_context,
+    make_stage,
+    run_stacks,
+    unembed,
+)
 from jaxformers.models.params import Params
-from jaxformers.models.routing import MoEStats
+from jaxformers.models.routing import MoEStats, concat_layers, each_layer
 from jaxformers.models.runtime import Runtime
 from jaxformers.train.config import LossConfig
 
@@ -78,6 +86,8 @@ def lm_loss(
     weighted target, the experts' losses per token and sparse layer. `chunk` is as `chunk_length` gives it.
     """
     params = gather_shared(params, cfg, runtime)
+    if runtime.run_loss is not None:
+        return _pipelined_loss(params, batch, totals, cfg, runtime, config, chunk=chunk)
     hidden = hidden_states(
         params, cfg, batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"], runtime=runtime
     )
@@ -87,9 +97,65 @@ def lm_loss(
     if hidden.moe is not None:
         balance, router_z = expert_losses(hidden.moe, Totals.of(batch).tokens, config)
         loss += (config.balance_loss * balance + config.router_z_loss * router_z) / totals.tokens
-        dropped = hidden.moe.dropped.sum()
-        sums = sums.replace(balance=balance, router_z=router_z, dropped=dropped, load=hidden.moe.load)
-    return loss, sums
+    return loss, _with_experts(sums, hidden.moe, batch, config)
+
+
+def _with_experts(sums: Sums, stats: MoEStats | None, batch: Batch, config: LossConfig) -> Sums:
+    if stats is None:
+        return sums
+    balance, router_z = expert_losses(stats, Totals.of(batch).tokens, config)
+    return sums.replace(balance=balance, router_z=router_z, dropped=stats.dropped.sum(), load=stats.load)
+
+
+def _expert_rates(totals: Totals, cfg: ModelConfig, config: LossConfig) -> MoEStats | None:
+    """What a unit of each of a sparse layer's sums adds to the loss, where that is linear in them."""
+    layers = sum(kind.ffn == "moe" for kind in cfg.layers)
+    if not layers:
+        return None
+    assert config.balance_over == "row"
+    per_token, zero = 1 / (totals.tokens * layers), jnp.zeros((), jnp.float32)
+    return MoEStats(config.balance_loss * per_token, config.router_z_loss * per_token, zero, zero, zero)
+
+
+def _pipelined_loss(
+    params: Params,
+    batch: Batch,
+    totals: Totals,
+    cfg: ModelConfig,
+    runtime: Runtime,
+    config: LossConfig,
+    *,
+    chunk: int | None,
+) -> tuple[jax.Array, Sums]:
+    """`lm_loss` where the runtime computes the longest stack, all behind it and their gradient in one go."""
+    assert runtime.run_loss is not None
+    stacks = plan_stacks(cfg.layers)
+    k = longest_stack(stacks)
+    ctx = make_context(cfg, runtime, batch["positions"], batch["segment_ids"])
+    x = embed(params, cfg, batch["tokens"], batch["positions"], runtime)
+    x, before = run_stacks(params["layers"][:k], x, ctx, cfg, runtime)
+    run = make_stage(cfg, runtime, stacks[k])
+
+    def stage(layers: Any, x: jax.Array, rows: Batch, active: jax.Array | None) -> tuple[jax.Array, MoEStats | None]:
+        return run(layers, x, (rows["positions"], rows["segment_ids"]), active)
+
+    def last(tail: Params, x: jax.Array, rows: Batch) -> tuple[jax.Array, MoEStats | None, Sums]:
+        ctx = make_context(cfg, runtime, rows["positions"], rows["segment_ids"])
+        x, stats = run_stacks(tail["layers"], x, ctx, cfg, runtime, first=k + 1)
+        head = {name: leaf for name, leaf in tail.items() if name != "layers"}
+        loss, sums = head_loss(head, x, rows, cfg, runtime, z_weight=config.z_loss, chunk=chunk)
+        return loss, stats, sums
+
+    tail = {name: params[name] for name in HEAD if name in params} | {"layers": params["layers"][k + 1 :]}
+    rows = {name: a for name, a in batch.items() if name != "tokens"}
+    rates = _expert_rates(totals, cfg, config)
+    loss, (own, behind, sums) = runtime.run_loss(
+        stage, last, params["layers"][k], tail, x, rows, (1 / totals.weight, rates)
+    )
+    if before is not None:
+        assert rates is not None
+        loss += rates.balance * before.balance.sum() + rates.router_z * before.router_z.sum()
+    return loss, _with_experts(sums, concat_layers([before, each_layer(own), behind]), batch, config)
 
 
 def expert_losses(stats: MoEStats, tokens: jax.Array, config: LossConfig) -> tuple[jax.Array, jax.Array]:

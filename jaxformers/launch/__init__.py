@@ -1,0 +1,1 @@
+"""Starting many processes of one command."""

@@ -1,0 +1,133 @@
+"""Many processes of one command on this machine, as long as all of them live.
+
+They are told who they are by environment variables that `parallel.distributed` reads. What they do is not known here.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import IO
+
+GRACE_SECONDS = 10.0  # between asking a process to end and ending it
+POLL_SECONDS = 0.1
+LINES_KEPT = 30
+
+
+@dataclass
+class Child:
+    """A process, the threads that pass on what it says, and the last of what it said as errors."""
+
+    index: int
+    process: subprocess.Popen[str]
+    threads: list[threading.Thread] = field(default_factory=list)
+    errors: deque[str] = field(default_factory=lambda: deque(maxlen=LINES_KEPT))
+
+
+def launch(arguments: Sequence[str], *, processes: int) -> int:
+    """Runs `jaxformers ARGUMENTS` in so many processes and returns the exit status.
+
+    What process 0 says is passed on as it is, the errors of others with their number in front. When one fails, all
+    are ended, its own last lines come last on standard error, and its status is returned. SIGINT and SIGTERM go to
+    every process, and their end is waited for.
+    """
+    if processes < 1:
+        raise ValueError(f"--processes is {processes}; it must be at least 1")
+    if not arguments:
+        raise ValueError("launch needs a command after --, such as: jaxformers launch --processes 2 -- train CONFIG")
+    coordinator = f"127.0.0.1:{_free_port()}"
+    children = [_start(arguments, coordinator, i, processes) for i in range(processes)]
+    before = {number: signal.signal(number, _forward(children)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        failed = _wait(children)
+    finally:
+        _end(children)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if failed is None:
+        return 0
+    status = failed.process.returncode
+    how = f"exit status {status}" if status > 0 else signal.Signals(-status).name
+    print(f"jaxformers: process {failed.index} of {processes} ended with {how}:", file=sys.stderr)
+    print("".join(failed.errors), end="", file=sys.stderr, flush=True)
+    return status if status > 0 else 1
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _start(arguments: Sequence[str], coordinator: str, index: int, count: int) -> Child:
+    who = {"JAX_COORDINATOR_ADDRESS": coordinator, "JAX_PROCESS_ID": str(index), "JAX_NUM_PROCESSES": str(count)}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jaxformers", *arguments],
+        env=os.environ | who,
+        stdout=None if index == 0 else subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,  # the terminal's Ctrl-C comes once, through us
+    )
+    child = Child(index, process)
+    assert process.stderr is not None
+    child.threads.append(threading.Thread(target=_pass_on, args=(child, process.stderr), daemon=True))
+    for thread in child.threads:
+        thread.start()
+    return child
+
+
+def _pass_on(child: Child, stream: IO[str]) -> None:
+    prefix = "" if child.index == 0 else f"[{child.index}] "
+    for line in stream:
+        child.errors.append(line)
+        sys.stderr.write(prefix + line)
+        sys.stderr.flush()
+
+
+def _forward(children: Sequence[Child]) -> object:
+    def forward(number: int, _frame: object) -> None:
+        for child in children:
+            if child.process.poll() is None:
+                child.process.send_signal(number)
+
+    return forward
+
+
+def _wait(children: Sequence[Child]) -> Child | None:
+    """The first process that failed, as soon as it did; None once all have ended well."""
+    while True:
+        running = False
+        for child in children:
+            status = child.process.poll()
+            if status:
+                return child
+            running |= status is None
+        if not running:
+            return None
+        time.sleep(POLL_SECONDS)
+
+
+def _end(children: Sequence[Child]) -> None:
+    """Asks what still runs to end, and after a while makes it."""
+    for child in children:
+        if child.process.poll() is None:
+            child.process.terminate()
+    deadline = time.monotonic() + GRACE_SECONDS
+    for child in children:
+        try:
+            child.process.wait(max(deadline - time.monotonic(), 0.0))
+        except subprocess.TimeoutExpired:
+            child.process.kill()
+            child.process.wait()
+        for thread in child.threads:
+            thread.join(timeout=1.0)
