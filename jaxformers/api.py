@@ -45,26 +45,29 @@ class Model:
     generation: dict[str, Any] = field(default_factory=dict)
 
 
-def load(ref: str | Path, *, mesh: Mesh | MeshConfig | None = None, dtype: str | None = None) -> Model:
+def load(
+    ref: str | Path, *, mesh: Mesh | MeshConfig | None = None, dtype: str | None = None, ema: bool = False
+) -> Model:
     """The model that `ref` means: a Hugging Face directory, a `.gguf` file, a hub id, a run or one of its checkpoints.
 
     mesh: where its parameters are placed; None = the first device. dtype: of parameters and computation; None keeps the
-    parameters as stored and computes in float32 on CPU, in bfloat16 elsewhere unless they are stored as float32.
+    parameters as stored and computes in float32 on CPU, in bfloat16 elsewhere unless they are stored as float32. ema:
+    the moving average of a run's parameters in place of the last ones.
 
     ValueError in one line for whatever keeps it from being loaded.
     """
     _check_dtype(dtype)
     found = find_model(ref)
     mesh = make_mesh(mesh) if isinstance(mesh, MeshConfig) else mesh or single_device_mesh()
-    params = found.read_params(mesh, dtype=dtype)
+    params = found.read_params(mesh, dtype=dtype, ema=ema)
     compute = dtype or _default_compute_dtype(params, mesh)
     return Model(found.config, params, found.tokenizer, mesh, compute, found.generation)
 
 
 @dataclass(frozen=True)
 class FoundModel:
-    """A model whose weights have not been read yet. tensors are a checkpoint's, under Hugging Face names, step a
-    run's."""
+    """A model whose weights have not been read yet. tensors are a checkpoint's, under Hugging Face names; step is a
+    run's, and has_ema says whether it kept a moving average."""
 
     path: Path
     config: ModelConfig
@@ -72,9 +75,13 @@ class FoundModel:
     generation: dict[str, Any]
     tensors: Mapping[str, Any] | None = None
     step: int | None = None
+    has_ema: bool = False
 
-    def read_params(self, mesh: Mesh, *, dtype: str | None = None) -> Params:
-        """The parameters, each tensor straight into its place on the mesh; dtype None keeps them as stored."""
+    def read_params(self, mesh: Mesh, *, dtype: str | None = None, ema: bool = False) -> Params:
+        """The parameters (or their moving average), each tensor straight into its place on the mesh; dtype None keeps
+        them as stored."""
+        if ema and not self.has_ema:
+            raise ValueError(f"{self.path} holds no moving average; a run keeps one with train.ema_decay")
         places = param_shardings(model_spec(self.config), mesh)
         with jax.set_mesh(mesh):
             if self.tensors is not None:
@@ -86,7 +93,7 @@ class FoundModel:
             )
             assert self.step is not None
             with Checkpointer(self.path) as checkpoints:
-                return checkpoints.restore_params(self.step, abstract)
+                return checkpoints.restore_params(self.step, abstract, ema=ema)
 
 
 def find_model(ref: str | Path) -> FoundModel:
@@ -122,7 +129,10 @@ def _find_run(run: Path, step: int | None) -> FoundModel:
             raise ValueError(f"{run} has no checkpoint yet")
         meta = checkpoints.meta(step)
     tokenizer = _tokenizer_at(run / TOKENIZER_FOLDER)
-    return FoundModel(run, read_config(meta["model"]), tokenizer, meta.get("generation", {}), step=step)
+    has_ema = meta["config"]["train"]["ema_decay"] is not None
+    return FoundModel(
+        run, read_config(meta["model"]), tokenizer, meta.get("generation", {}), step=step, has_ema=has_ema
+    )
 
 
 def _check_dtype(dtype: str | None) -> None:

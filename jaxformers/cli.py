@@ -29,7 +29,7 @@ app.add_typer(bench_app, name="bench")
 Ref = Annotated[
     str,
     typer.Argument(
-        help="A Hugging Face directory, a .gguf file, a hub id (ORG/NAME[@REVISION]), a run or one of its checkpoints."
+        help="A Hugging Face directory, a .gguf file, a hub id (ORG/NAME or ORG/NAME@REVISION), a run or a checkpoint."
     ),
 ]
 
@@ -38,6 +38,17 @@ class Dtype(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+
+
+MaxNewTokens = Annotated[int | None, typer.Option(help="Tokens to add at most.")]
+Temperature = Annotated[float | None, typer.Option(help="0 = the likeliest token each time.")]
+TopK = Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens.")]
+TopP = Annotated[float | None, typer.Option(help="Draw from the likeliest tokens of this total probability.")]
+MinP = Annotated[float | None, typer.Option(help="Draw from tokens of this share of the likeliest one's.")]
+RepetitionPenalty = Annotated[float | None, typer.Option(help="Above 1: make tokens seen before less likely.")]
+Seed = Annotated[int | None, typer.Option(help="Same seed, same text.")]
+Ema = Annotated[bool, typer.Option("--ema", help="Of a run: the moving average of its parameters.")]
+ComputeDtype = Annotated[Dtype | None, typer.Option(help="Of parameters and computation.")]
 
 
 @app.command()
@@ -76,27 +87,24 @@ def generate(
         list[str] | None, typer.Argument(help="Texts to continue; none: standard input is one prompt.")
     ] = None,
     prompts_file: Annotated[Path | None, typer.Option(help="A file with a prompt on each line.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens to add at most.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 = the likeliest token each time.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens.")] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Draw from the likeliest tokens of this total probability.")
-    ] = None,
-    min_p: Annotated[float | None, typer.Option(help="Draw from tokens of this share of the likeliest one's.")] = None,
-    repetition_penalty: Annotated[
-        float | None, typer.Option(help="Above 1: make tokens seen before less likely.")
-    ] = None,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
     presence_penalty: Annotated[float, typer.Option(help="Subtracted from logits of tokens generated before.")] = 0.0,
     frequency_penalty: Annotated[float, typer.Option(help="Subtracted for each time a token was generated.")] = 0.0,
     stop: Annotated[list[str] | None, typer.Option(help="A text that ends the answer; may be repeated.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Same seed, same text.")] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Of parameters and computation.")] = None,
+    seed: Seed = None,
+    dtype: ComputeDtype = None,
+    ema: Ema = False,
 ) -> None:
     """Continue texts. One prompt is streamed as it grows; several are printed as they are done."""
     texts = _prompts(prompts or [], prompts_file)
     import jaxformers as jf
 
-    model = jf.load(ref, dtype=dtype)
+    model = jf.load(ref, dtype=dtype, ema=ema)
     settings = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -139,18 +147,15 @@ def _prompts(given: list[str], file: Path | None) -> list[str]:
 def chat(
     ref: Ref,
     system: Annotated[str | None, typer.Option(help="What the model is told before the conversation.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens of an answer at most.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 = the likeliest token each time.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens.")] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Draw from the likeliest tokens of this total probability.")
-    ] = None,
-    min_p: Annotated[float | None, typer.Option(help="Draw from tokens of this share of the likeliest one's.")] = None,
-    repetition_penalty: Annotated[
-        float | None, typer.Option(help="Above 1: make tokens seen before less likely.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Same seed, same answers.")] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Of parameters and computation.")] = None,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    seed: Seed = None,
+    dtype: ComputeDtype = None,
+    ema: Ema = False,
 ) -> None:
     """Talk with a model. Each line of standard input is a turn; /help lists the commands."""
     from jaxformers.api import load
@@ -165,7 +170,7 @@ def chat(
         "repetition_penalty": repetition_penalty,
         "seed": seed,
     }
-    converse(Conversation(load(ref, dtype=dtype), system=system, **settings))
+    converse(Conversation(load(ref, dtype=dtype, ema=ema), system=system, **settings))
 
 
 @app.command()
@@ -174,13 +179,14 @@ def convert(
     destination: Annotated[Path, typer.Argument(help="The Hugging Face directory to write.")],
     dtype: Annotated[Dtype | None, typer.Option(help="Of the written weights; none: as they are.")] = None,
     max_shard_size: Annotated[float, typer.Option(help="GB of weights in a file at most.", min=0.001)] = 5.0,
+    ema: Ema = False,
 ) -> None:
     """Write a model as a Hugging Face directory, which transformers opens."""
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ValueError(f"{destination} exists and is not an empty directory; choose another destination")
     import jaxformers as jf
 
-    model = jf.load(source)
+    model = jf.load(source, ema=ema)
     jf.save_pretrained(model, destination, dtype=dtype, max_shard_bytes=int(max_shard_size * 1e9))
     print(f"{destination}: {model.config.family}, {jf.count_params(model.config):,} parameters", file=sys.stderr)
 

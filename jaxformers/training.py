@@ -309,7 +309,7 @@ def _run(
             feed.batches,
             feed.validation,
             config.train,
-            place=lambda batch: to_global(batch, setup.mesh, feed.spec),
+            place=lambda batch: to_global(batch, setup.mesh, feed.spec, columns=setup.trainer.column_order),
             checkpointer=checkpoints,
             meta=meta,
             trackers=trackers,

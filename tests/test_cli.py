@@ -270,7 +270,7 @@ def test_a_directory_of_an_unknown_family(run, tmp_path, verb):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "nonesuch"}))
     arguments = {"generate": ["x"], "convert": [tmp_path / "out"], "inspect": []}[verb]
     message = run(verb, tmp_path, *arguments).mistake
-    assert "'nonesuch' is not known; known are deepseek_v3, gemma2" in message
+    assert f"'nonesuch' is not known; known are {', '.join(sorted(FAMILIES))}" in message
 
 
 @pytest.mark.parametrize("verb", ["generate", "convert", "inspect", "train"])
@@ -546,6 +546,14 @@ def test_convert_writes_what_transformers_opens(run, trained, tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= names
+
+
+def test_a_moving_average_that_is_not_there_is_refused(run, trained, exported, tmp_path):
+    for ref in (trained(), exported()):
+        done = run("convert", ref, tmp_path / "out", "--ema")
+        assert (done.code, done.err.count("\n")) == (2, 1)
+        assert "train.ema_decay" in done.err
+        assert not (tmp_path / "out").exists()
 
 
 def test_convert_cuts_weights_into_files_of_a_size(run, exported, tmp_path):

@@ -162,14 +162,12 @@ def test_a_run_loads_onto_a_mesh_and_in_another_dtype(whole):
     np.testing.assert_array_equal(np.asarray(q), np.asarray(exact))
 
 
-def test_the_moving_average_is_saved_and_is_not_the_parameters(whole):
+def test_the_moving_average_is_saved_loads_and_is_not_the_parameters(whole):
     config, result = whole("everything")
     state, _ = saved_state(config)
     assert_bit_equal(state.params, jax.device_get(result.model.params))
     assert not np.array_equal(state.ema["embed"], state.params["embed"])
-    with Checkpointer(result.run_dir) as checkpoints:
-        average = checkpoints.restore_params(STEPS, jf.abstract_params(result.model.config), ema=True)
-    assert_bit_equal(average, state.ema)
+    assert_bit_equal(jf.load(result.run_dir, ema=True).params, state.ema)
 
 
 def test_a_run_exports_to_a_directory_that_transformers_opens_with_equal_logits(whole, tmp_path):

@@ -93,15 +93,19 @@ def validation_batches(
     return _ValidationBatches(rows, batch_size, count, ProcessShare(process_index, process_count))
 
 
-def to_global(batch: Row, mesh: Mesh, spec: PartitionSpec) -> dict[str, jax.Array]:
+def to_global(
+    batch: Row, mesh: Mesh, spec: PartitionSpec, *, columns: np.ndarray | None = None
+) -> dict[str, jax.Array]:
     """This process's share of a batch, together with all other processes' shares, as global arrays [B, T].
 
-    The share must be the one `process_share(mesh, spec)` names.
+    The share must be the one `process_share(mesh, spec)` names. `columns` [T] is the order that every row's tokens are
+    put in; None leaves them.
     """
     sharding = NamedSharding(mesh, spec)
     count = process_share(mesh, spec).count
 
     def place(local: np.ndarray) -> jax.Array:
+        local = local if columns is None else local[:, columns]
         shape = (local.shape[0] * count, *local.shape[1:])
         return jax.make_array_from_process_local_data(sharding, local, shape)
 

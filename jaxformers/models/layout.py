@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxformers.models.config import ModelConfig, plan_stacks
-from jaxformers.models.params import Params, layer_spec, model_spec
+from jaxformers.models.params import Params, layer_spec, model_spec, path_name
 from jaxformers.models.weights import OutputMajor, concat_outputs
+
+ROUTING = ("router", "router_b", "select_b")  # computed in float32 whatever the rest is, so kept as they are
 
 
 def unstack(params: Params, cfg: ModelConfig) -> Params:
@@ -64,12 +66,16 @@ def _join(p: Params, names: tuple[str, ...], fused: str) -> Params:
 
 
 def prepare(params: Params, cfg: ModelConfig, *, dtype: Any, whole: bool, on_cpu: bool) -> Params:
-    """The tree to decode from: one buffer a layer, in the compute dtype.
+    """The tree to decode from: one buffer a layer, in the compute dtype (routing apart).
 
     Where every device holds layers `whole`, projections of one input are fused, and on CPU matrices are kept
     output-major.
     """
-    prepared = unstack(jax.tree.map(lambda a: a.astype(dtype), params), cfg)
+
+    def cast(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        return leaf if path_name(path).rpartition(".")[2] in ROUTING else leaf.astype(dtype)
+
+    prepared = unstack(jax.tree_util.tree_map_with_path(cast, params), cfg)
     if whole:
         prepared["blocks"] = [fuse_layer(p) for p in prepared["blocks"]]
         if on_cpu:

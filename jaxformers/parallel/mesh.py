@@ -22,7 +22,7 @@ from jaxformers.models.runtime import no_gather, no_shard
 log = logging.getLogger(__name__)
 
 AXES = ("pp", "dp", "fsdp", "ep", "cp", "tp")  # outermost first: slow links left, fast links right
-WORKING = ("dp", "fsdp", "ep", "tp")
+WORKING = ("dp", "fsdp", "ep", "cp", "tp")
 Rules = Mapping[str, tuple[str, ...]]
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("dp", "fsdp", "ep"),
@@ -37,6 +37,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "layers": ("pp",),
 }
 SEQUENCE_PARALLEL = RULES | {"stream": ("cp", "tp")}  # arXiv:2205.05198
+WHOLE_ROWS = RULES | {"seq": (), "stream": ()}
 SPLIT_REPLICAS = RULES | {"embed": ("fsdp", "dp")}  # what replicas need not all hold (arXiv:1910.02054)
 AxisSize = int | Literal["auto"]
 

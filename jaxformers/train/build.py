@@ -7,12 +7,13 @@ fastest from on CPU; whatever leaves a run (checkpoints, exports, users' models)
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -20,6 +21,7 @@ from jaxformers.models.config import ModelConfig
 from jaxformers.models.layout import block_spec, stack, unstack
 from jaxformers.models.params import Params, flops_per_token, init_params, model_spec
 from jaxformers.models.runtime import Runtime
+from jaxformers.parallel.context import column_order, make_attend
 from jaxformers.parallel.experts import mesh_experts
 from jaxformers.parallel.hardware import peak_flops
 from jaxformers.parallel.mesh import RULES, SEQUENCE_PARALLEL, SPLIT_REPLICAS, gatherer, param_shardings, sharder
@@ -38,7 +40,7 @@ UNROLLED_LAYERS = 32  # deeper models compile too long when every layer is its o
 
 
 def make_runtime(config: RuntimeConfig, cfg: ModelConfig, mesh: Mesh) -> Runtime:
-    """The runtime of a training step on this mesh.
+    """The runtime of a training step on this mesh, with attention over whole rows.
 
     On CPU, `auto` unrolls layers, as scanned weights are copied every step, unless memory is to be saved by
     recomputation: XLA:CPU keeps everything of an unrolled model alive, and so that pair is refused.
@@ -99,7 +101,9 @@ class Trainer:
 
     @cached_property
     def _runtime(self) -> Runtime:
-        return make_runtime(self.runtime, self.cfg, self.mesh)
+        kinds = self.runtime.attention, self.runtime.context
+        attend = make_attend(*kinds, self.cfg, self.mesh, length=self.sequence_length)
+        return replace(make_runtime(self.runtime, self.cfg, self.mesh), attend=attend)
 
     @cached_property
     def _spec(self) -> Params:
@@ -131,6 +135,11 @@ class Trainer:
         if self.runtime.zero < 2:
             return grads
         return jax.lax.with_sharding_constraint(grads, param_shardings(self._spec, self.mesh, SPLIT_REPLICAS))
+
+    @cached_property
+    def column_order(self) -> np.ndarray | None:
+        """The order in which the tokens of a row go to the devices, int64 [T]; None = as they come."""
+        return column_order(self.runtime.context, self.cfg, self.mesh.shape, length=self.sequence_length)
 
     def init(self, seed: int) -> TrainState:
         """A fresh state with random parameters; every device makes only its own part."""
@@ -202,5 +211,6 @@ class Trainer:
     def _with_settings(self, function: Callable[..., Any], *, rows: int) -> Callable[..., Any]:
         """The function with what this run's settings say, for `rows` at a time."""
         length, vocab = self.sequence_length, self.cfg.vocab_size
-        chunk = chunk_length(self.loss, rows=rows, length=length, vocab_size=vocab, devices=self.mesh.size)
+        devices, cp = self.mesh.size, self.mesh.shape["cp"]
+        chunk = chunk_length(self.loss, rows=rows, length=length, vocab_size=vocab, devices=devices, context_shards=cp)
         return partial(function, cfg=self.cfg, runtime=self._runtime, config=self.loss, chunk=chunk)

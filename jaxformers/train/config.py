@@ -25,6 +25,16 @@ class RuntimeConfig(BaseModel):
         "auto",
         description="One compiled body for equal layers, or every layer unrolled; auto unrolls up to 32 layers on CPU.",
     )
+    attention: Literal["auto", "dot_product", "blockwise"] = Field(
+        "auto",
+        description="Over whole rows at once, or block by block in memory that grows with the length alone; auto: "
+        "block by block from 2048 tokens on.",
+    )
+    context: Literal["auto", "ring", "ulysses", "hybrid"] = Field(
+        "auto",
+        description="How mesh.cp splits a sequence: keys travel around a ring; devices trade tokens for heads; or they "
+        "trade within groups, as large as kv heads allow, and keys travel from group to group. auto: ring.",
+    )
     zero: Literal[0, 1, 2] = Field(
         0,
         description="What replicas (mesh.dp) hold one copy of among them: 1: the optimizer's state (and the average), "

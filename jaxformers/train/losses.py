@@ -109,18 +109,21 @@ def eval_sums(
 AUTO_LOGITS_BYTES = 2**30
 
 
-def chunk_length(config: LossConfig, *, rows: int, length: int, vocab_size: int, devices: int) -> int | None:
+def chunk_length(
+    config: LossConfig, *, rows: int, length: int, vocab_size: int, devices: int, context_shards: int = 1
+) -> int | None:
     """Tokens of each row whose logits exist at once; None = all of the row's.
 
     rows is a microbatch's, over all of `devices`. A chunk that does not divide the row is lowered to the next that
-    does.
+    does, and up to the smallest of which each of `context_shards`, among which a row is split, has a token.
     """
     if config.chunk == "none":
         return None
     chunk = max(AUTO_LOGITS_BYTES * devices // (4 * rows * vocab_size), 1) if config.chunk == "auto" else config.chunk
     if chunk >= length:
         return None
-    return next(size for size in range(chunk, 0, -1) if length % size == 0)
+    fitting = (size for size in range(chunk, 0, -1) if length % size == 0 and size % context_shards == 0)
+    return next(fitting, context_shards)
 
 
 def head_loss(
@@ -154,11 +157,12 @@ def _chunked(
 ) -> tuple[jax.Array, Sums]:
     """`part` summed over chunks of time; its gradient is computed along with its value when it will be needed."""
 
+    # Interleaved, as microbatches are: every device that holds a part of each row has a part of each chunk.
     def split(a: jax.Array) -> jax.Array:
-        return jnp.moveaxis(a.reshape(a.shape[0], -1, chunk, *a.shape[2:]), 1, 0)
+        return jnp.moveaxis(a.reshape(a.shape[0], chunk, -1, *a.shape[2:]), 2, 0)
 
     def join(a: jax.Array) -> jax.Array:
-        return jnp.moveaxis(a, 0, 1).reshape(x.shape)
+        return jnp.moveaxis(a, 0, 2).reshape(x.shape)
 
     def add(total: Any, new: Any) -> Any:
         return jax.tree.map(jnp.add, total, new)

@@ -394,9 +394,12 @@ def _root() -> tempfile.TemporaryDirectory:
 
 
 def build_model(row: Row) -> torch.nn.Module:
-    """The reference's model with random weights, in evaluation mode and float32."""
+    """The reference's model with random weights, the same each time, in evaluation mode and float32."""
     config = transformers.AutoConfig.for_model(row.model_type, **row.base | row.settings)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=row.attention).eval().float()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=row.attention)
+    model = model.eval().float()
     perturb(model)
     return model
 

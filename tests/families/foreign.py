@@ -446,7 +446,9 @@ def checkpoint(name: str) -> Checkpoint:
     """The checkpoint of a twin, made once a session."""
     twin, directory = TWINS[name], Path(_root().name, name)
     directory.mkdir()
-    model = twin.build()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = twin.build()
     safetensors.torch.save_file(twin.layout(tensors_of(model)), directory / "model.safetensors")
     (directory / "config.json").write_text(json.dumps(twin.config | {"dtype": "float32"}))
     return Checkpoint(twin, directory, model, read_pretrained(directory))

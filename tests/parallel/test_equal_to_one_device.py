@@ -54,6 +54,14 @@ MODELS = {
     },
     "windows, soft caps, tied": DENSE
     | {"model_type": "gemma2", "sliding_window": 5, "query_pre_attn_scalar": 8, "tie_word_embeddings": True},
+    "sinks and windows": DENSE
+    | {
+        "model_type": "gpt_oss",
+        "sliding_window": 5,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 150000.0},
+    },
     # Neither the vocabulary, nor heads, nor widths are a multiple of any mesh here.
     "odd": DENSE
     | {
@@ -84,6 +92,7 @@ class Case:
     layers: str = "scan"
     remat: str = "none"
     chunk: int | str = "none"
+    context: str = "auto"
     loss: tuple[tuple[str, Any], ...] = ()
     zero: int = 0
     sequence_parallel: bool = False
@@ -91,6 +100,7 @@ class Case:
     def __str__(self) -> str:
         axes = " x ".join(f"{axis}{size}" for axis, size in self.mesh.items() if size > 1) or "one device"
         extras = [f"accumulation {self.accumulation}", self.layers, f"remat {self.remat}", f"chunk {self.chunk}"]
+        extras += [self.context] if self.context != "auto" else []
         extras += [f"{name} {value}" for name, value in self.loss]
         extras += [f"zero {self.zero}"] * bool(self.zero) + ["sequence parallel"] * self.sequence_parallel
         return f"{self.model} on {axes}, {', '.join(extras)}"
@@ -109,7 +119,11 @@ def trainer_of(case: Case) -> Trainer:
         LENGTH,
         train=TrainConfig(steps=10, batch_size=ROWS, accumulation=case.accumulation),
         runtime=RuntimeConfig(
-            layers=case.layers, remat=case.remat, zero=case.zero, sequence_parallel=case.sequence_parallel
+            layers=case.layers,
+            remat=case.remat,
+            context=case.context,
+            zero=case.zero,
+            sequence_parallel=case.sequence_parallel,
         ),
         optimizer=OptimizerConfig(learning_rate=1e-2, eps=1e-3, clip_norm=0.5),
         schedule=ScheduleConfig(warmup_steps=2),
@@ -125,6 +139,8 @@ def placed_state(trainer: Trainer) -> Any:
 
 
 def place(batch: dict[str, np.ndarray], trainer: Trainer) -> dict[str, jax.Array]:
+    if trainer.column_order is not None:
+        batch = {name: a[:, trainer.column_order] for name, a in batch.items()}
     return {name: jax.device_put(a, batch_sharding(a.shape, trainer.mesh)) for name, a in batch.items()}
 
 
@@ -254,6 +270,8 @@ MORE_EP_CASES = [
     Case("mla", DP2_EP2, layers="unroll", loss=BIAS),
     Case("mla", EP2_TP2, remat="projections"),
     Case("mla", ONE, accumulation=4, layers="unroll", loss=BIAS),
+    Case("moe", {"ep": 2, "cp": 2}, accumulation=2, loss=GLOBAL),
+    Case("mla", {"ep": 2, "cp": 2, "tp": 2}, chunk=8, loss=BIAS),
 ]
 
 
@@ -292,6 +310,8 @@ MORE_SHARED_CASES = [
     Case("moe", EP2_TP2, remat="dots", sequence_parallel=True),
     Case(WINDOWS, FSDP4_TP2, chunk=8, sequence_parallel=True),
     Case("odd", DP2_TP2, sequence_parallel=True),
+    Case("dense", {"cp": 2, "tp": 2}, sequence_parallel=True),
+    Case("dense", {"dp": 2, "cp": 2, "tp": 2}, chunk=8, zero=2, sequence_parallel=True),
 ]
 
 

@@ -60,9 +60,8 @@ def test_the_fastest_links_are_the_innermost_axis():
         ({"dp": "auto"}, 8, "mesh: dp and fsdp are both auto; at most one axis may be"),
         ({"tp": 0}, 8, "mesh: tp is 0; an axis size is at least 1, or auto"),
         ({"dp": -2}, 8, "mesh: dp is -2; an axis size is at least 1, or auto"),
-        ({"pp": 2}, 8, "mesh: pp=2 is not available yet; use dp, fsdp, ep, tp"),
-        ({"cp": 8, "fsdp": 1}, 8, "mesh: cp=8 is not available yet; use dp, fsdp, ep, tp"),
-        ({"pp": "auto", "fsdp": 1}, 8, "mesh: pp=8 is not available yet; use dp, fsdp, ep, tp"),
+        ({"pp": 2}, 8, "mesh: pp=2 is not available yet; use dp, fsdp, ep, cp, tp"),
+        ({"pp": "auto", "fsdp": 1}, 8, "mesh: pp=8 is not available yet; use dp, fsdp, ep, cp, tp"),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_refused_in_one_line(settings, devices, message):

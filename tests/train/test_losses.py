@@ -101,6 +101,8 @@ def test_auto_chunks_only_where_logits_would_pass_a_gibibyte_a_device():
     assert auto(rows=4, devices=1) == 512
     assert auto(rows=4, devices=2) is None
     assert auto(rows=2**20, devices=1) == 1
+    assert auto(rows=2**20, devices=8, context_shards=4) == 4  # a token of each shard
+    assert chunk_length(LossConfig(chunk=20), rows=4, length=48, vocab_size=9, devices=8, context_shards=8) == 16
 
 
 def test_the_loss_is_cross_entropy_and_z_a_target_and_the_experts_losses_a_token_and_sparse_layer():

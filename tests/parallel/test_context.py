@@ -1,0 +1,232 @@
+"""Rows split over devices: ring and Ulysses attention equal the plain one, and train as one device does."""
+
+import functools
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_equal_to_one_device import DENSE, MODELS, WINDOWS, Case, assert_equal_to_one_device
+from tiny import LLAMA, packed_batch, run_config
+
+import jaxformers as jf
+from jaxformers.config import load_config
+from jaxformers.families import read_config
+from jaxformers.models.attention import Scores, dot_product
+from jaxformers.models.blockwise import blockwise_attention
+from jaxformers.models.masks import Visibility
+from jaxformers.parallel.context import LONG, column_order, group_size, make_attend, on_mesh
+from jaxformers.parallel.mesh import MeshConfig, batch_sharding, make_mesh
+from jaxformers.train.build import Trainer
+from jaxformers.train.config import RuntimeConfig, TrainConfig
+from jaxformers.training import prepare_run
+
+QUICK = {"xla_backend_optimization_level": 0}  # compiles fast, computes the same
+ROWS, LENGTH, HEADS, HEAD_DIM = 4, 32, 8, 4
+
+
+def mesh_of(**sizes: int) -> Any:
+    sizes = {"fsdp": 1} | sizes
+    return make_mesh(MeshConfig(**sizes), devices=jax.devices()[: int(np.prod(list(sizes.values())))])
+
+
+def values_and_gradients(attend: Any, scores: Scores, *, kv_heads: int, value_dim: int, order: np.ndarray) -> Any:
+    """Output and gradients by q, k, v and sinks, of packed rows whose tokens lie in this order."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    q = jax.random.normal(keys[0], (ROWS, LENGTH, HEADS, HEAD_DIM))
+    k = jax.random.normal(keys[1], (ROWS, LENGTH, kv_heads, HEAD_DIM))
+    v = jax.random.normal(keys[2], (ROWS, LENGTH, kv_heads, value_dim))
+    batch = packed_batch(ROWS, LENGTH)
+    positions, segments = (jnp.asarray(batch[name][:, order]) for name in ("positions", "segment_ids"))
+
+    def loss(q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array) -> tuple[jax.Array, jax.Array]:
+        q, k, v = (x[:, order] for x in (q, k, v))
+        y = attend(q, k, v, Visibility(positions, positions, segments, segments), scores, sinks=sinks)
+        y = y[:, np.argsort(order)]
+        return (y * jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)).sum(), y
+
+    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True), compiler_options=QUICK)
+    with jax.default_matmul_precision("highest"):
+        (_, y), gradients = step(q, k, v, jax.random.normal(keys[3], (HEADS,)))
+    return jax.device_get((y, *gradients))
+
+
+EVERYTHING = Scores(0.7, window=9, softcap=3.0, alibi=1.0)
+
+
+@functools.cache
+def truth(*, kv_heads: int, value_dim: int) -> Any:
+    order = np.arange(LENGTH)
+    return values_and_gradients(dot_product, EVERYTHING, order=order, kv_heads=kv_heads, value_dim=value_dim)
+
+
+CASES_OF_ATTENTION = [
+    # (devices that trade tokens for heads, mesh): a ring, Ulysses, a ring of groups, and no context axis
+    (1, {"cp": 8}),
+    (1, {"cp": 2, "tp": 4}),
+    (1, {"cp": 2, "dp": 2, "fsdp": 2}),
+    (8, {"cp": 8}),
+    (2, {"cp": 2, "tp": 4}),
+    (2, {"cp": 4, "tp": 2}),
+    (4, {"cp": 8}),
+    (1, {"dp": 2, "tp": 4}),
+]
+
+
+@pytest.mark.parametrize("group, sizes", CASES_OF_ATTENTION, ids=str)
+def test_attention_over_a_mesh_equals_the_plain_one_with_its_windows_caps_biases_sinks_and_documents(group, sizes):
+    """With two kv heads, which is fewer than most of these meshes split heads into, and tokens in any order."""
+    mesh, shape = mesh_of(**sizes), {"kv_heads": 2, "value_dim": 6}
+    order = np.random.default_rng(0).permutation(LENGTH)
+    with jax.set_mesh(mesh):
+        found = values_and_gradients(on_mesh(mesh, group=group), EVERYTHING, order=order, **shape)
+    for ours, expected in zip(found, truth(**shape), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+
+
+def test_zigzag_gives_every_device_as_many_pairs_of_query_and_key():
+    order = functools.partial(column_order, cfg=read_config(DENSE), length=LENGTH)
+    for context, cp, ring in (("auto", 2, 2), ("ring", 4, 4), ("auto", 8, 8), ("hybrid", 8, 4)):
+        held = order(context, sizes={"cp": cp, "tp": 1}).reshape(ring, -1)
+        assert sorted(held.ravel()) == list(range(LENGTH))
+        assert len({sum(int(position) + 1 for position in device) for device in held}) == 1
+    assert order("auto", sizes={"cp": 1, "tp": 1}) is None
+    assert order("ulysses", sizes={"cp": 4, "tp": 1}) is None
+
+
+def test_the_hybrid_trades_among_as_many_devices_as_have_kv_heads_of_their_own():
+    def group(model: str, **sizes: int) -> int:
+        return group_size("hybrid", read_config(MODELS[model]), sizes)
+
+    assert group("dense", cp=8, tp=1) == 2
+    assert group("dense", cp=4, tp=2) == 1
+    assert group("mla", cp=8, tp=1) == 8
+    assert group("odd", cp=6, tp=2) == 3
+
+
+@pytest.mark.parametrize(
+    "sizes, settings, length, line",
+    [
+        (
+            {"cp": 4},
+            {},
+            36,
+            "data.sequence_length is 36, which cp=4 cannot split into 8 equal parts; nearest legal: 32 and 40",
+        ),
+        ({"cp": 8}, {}, 9, "data.sequence_length is 9, which cp=8 cannot split into 16 equal parts; nearest legal: 16"),
+        (
+            {"cp": 4},
+            {"context": "ulysses"},
+            38,
+            "data.sequence_length is 38, which cp=4 cannot split into 4 equal parts; nearest legal: 36 and 40",
+        ),
+        (
+            {"cp": 4, "tp": 2},
+            {"context": "ulysses"},
+            32,
+            "runtime: context=ulysses cannot split 2 heads a device over cp=4; make cp one of 1, 2, or use ring",
+        ),
+        (
+            {"cp": 2},
+            {"attention": "dot_product"},
+            32,
+            "runtime: attention=dot_product needs whole rows, which cp=2 splits; use auto or blockwise",
+        ),
+    ],
+)
+def test_what_a_context_axis_cannot_split_is_refused_before_anything_compiles(tmp_path, sizes, settings, length, line):
+    """As `jaxformers train --dry-run` does."""
+    sections = {"mesh": {"fsdp": 1, "dp": "auto"} | sizes, "runtime": settings, "data": {"sequence_length": length}}
+    config = load_config(run_config(tmp_path, **sections))
+    with pytest.raises(ValueError) as caught:
+        prepare_run(config)
+    assert str(caught.value) == line
+
+
+def test_attention_goes_block_by_block_where_rows_are_long():
+    one, many = mesh_of(), mesh_of(dp=2)
+    make = functools.partial(make_attend, context="auto", cfg=read_config(DENSE))
+    assert make("auto", mesh=one, length=LONG - 1) is dot_product
+    assert make("auto", mesh=one, length=LONG) is blockwise_attention
+    assert make("dot_product", mesh=one, length=LONG) is dot_product
+    assert make("blockwise", mesh=one, length=8) is blockwise_attention
+    assert make("auto", mesh=many, length=8) is dot_product
+
+
+def test_a_run_on_split_rows_trains_evaluates_and_generates_as_another_mesh_does(tmp_path):
+    sample = {"prompts": ["alpha beta"], "max_new_tokens": 5, "temperature": 0}
+    common = {"train": {"steps": 2, "batch_size": 8, "eval_batches": 1}, "sample": sample}
+    split = {"mesh": {"dp": 2, "fsdp": 1, "cp": 4}, "run_dir": str(tmp_path / "split")}
+    whole = jf.fit(run_config(tmp_path, **common))
+    found = jf.fit(run_config(tmp_path, **common, **split))
+    assert found.metrics["loss"] == pytest.approx(whole.metrics["loss"], rel=1e-5)
+    assert found.validation == pytest.approx(whole.validation, rel=1e-5)
+    assert found.samples == whole.samples
+
+
+@pytest.mark.slow
+def test_memory_of_a_row_of_32k_tokens_falls_with_the_devices_it_is_split_over():
+    cfg = read_config(LLAMA | {"hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 2**15})
+    temporaries = []
+    for cp in (1, 2, 4, 8):
+        runtime, train = RuntimeConfig(layers="scan", remat="full"), TrainConfig(batch_size=1)
+        trainer = Trainer(cfg, mesh_of(cp=cp), 2**15, runtime=runtime, train=train)
+        with jax.set_mesh(trainer.mesh):
+            temporaries.append(step_temporaries(trainer))
+    for more, less in itertools.pairwise(temporaries):
+        assert less < 0.6 * more, temporaries
+
+
+def step_temporaries(trainer: Trainer) -> int:
+    """Bytes of temporaries a device of the compiled training step."""
+    shape = (trainer.train.batch_size, trainer.sequence_length)
+    place = batch_sharding(shape, trainer.mesh)
+    dtypes = {"weights": jnp.float32} | dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), jnp.int32)
+    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, dtype in dtypes.items()}
+    compiled = trainer.program.step.lower(trainer.plain_state, batch).compile(compiler_options=QUICK)
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+CP8, CP2_DP2_TP2, CP2_FSDP4 = {"cp": 8}, {"cp": 2, "dp": 2, "tp": 2}, {"cp": 2, "fsdp": 4}
+CP2_TP4, CP4_FSDP2 = {"cp": 2, "tp": 4}, {"cp": 4, "fsdp": 2}
+SINKS = "sinks and windows"
+CASES = [
+    Case("dense", CP4_FSDP2, accumulation=4, chunk=8),
+    Case(WINDOWS, CP2_DP2_TP2),
+    Case("dense", CP8, context="ulysses"),  # more devices than the two kv heads
+]
+MORE_CASES = [
+    Case("dense", CP8, chunk=16, accumulation=4),
+    Case("dense", CP2_TP4, layers="unroll"),
+    Case("dense", CP4_FSDP2, remat="full"),
+    Case("dense", CP2_DP2_TP2, remat="projections", context="ulysses", chunk=8, accumulation=4),
+    Case("dense", {"cp": 2}, remat="dots"),
+    Case("moe", CP2_FSDP4, accumulation=4),
+    Case("moe", CP2_TP4, context="ulysses"),
+    Case("mla", CP4_FSDP2, accumulation=4),
+    Case("mla", CP2_DP2_TP2),
+    Case("mla", {"cp": 4, "tp": 2}, context="hybrid"),
+    Case("mla", CP8, context="ulysses", remat="full"),
+    Case(WINDOWS, CP8, accumulation=4),
+    Case(WINDOWS, CP4_FSDP2, context="ulysses"),
+    Case(SINKS, CP8),
+    Case(SINKS, CP8, context="hybrid", accumulation=4),
+    Case("dense", CP8, context="hybrid"),
+    Case(SINKS, CP2_DP2_TP2, accumulation=4),
+    Case(SINKS, CP2_TP4, context="ulysses", remat="full"),
+    Case("odd", CP4_FSDP2, accumulation=4),
+    Case("odd", CP2_TP4),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_rows_split_over_devices_train_as_on_one(case):
+    assert_equal_to_one_device(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", MORE_CASES, ids=str)
+def test_further_splits_of_rows_train_as_one_device_does(case):
+    assert_equal_to_one_device(case)
