@@ -143,7 +143,8 @@ def test_eight_devices_hold_an_eighth_of_the_state_each(path):
     held = sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in leaves)
     # Vectors and counters stay whole, and so do the matrices that expand latent attention's keys and values.
     assert whole / 8 <= held < whole / 8 * 1.02
-    jax.eval_shape(trainer.program.step, trainer.plain_state, abstract_batch(config, mesh))
+    with jax.set_mesh(mesh):
+        jax.eval_shape(trainer.program.step, trainer.plain_state, abstract_batch(config, mesh))
 
 
 def keys_of(node: object, schema: dict, root: dict, where: str = ""):

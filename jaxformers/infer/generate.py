@@ -28,7 +28,7 @@ from jaxformers.models.decoder import gather_shared, hidden_states, unembed
 from jaxformers.models.layout import prepare
 from jaxformers.models.params import Params
 from jaxformers.models.runtime import Runtime
-from jaxformers.parallel.mesh import RULES, gatherer, sharder
+from jaxformers.parallel.mesh import WHOLE_ROWS, gatherer, sharder
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def decode_runtime(mesh: Mesh, dtype: Any = jnp.float32) -> Runtime:
     return Runtime(
         dtype=jnp.dtype(dtype),
         layers="unroll",
-        shard=sharder(mesh, {**RULES, "seq": ()}),  # a context axis only holds copies here
+        shard=sharder(mesh, WHOLE_ROWS),  # a context axis only holds copies here
         gather=gatherer(mesh),
         attend=single_query if on_cpu else dot_product,
     )

@@ -45,6 +45,7 @@ def block(
     x = named_norm(p, "entry_norm", x, cfg)
     normed = ctx.shard(named_norm(p, "attn_norm", x, cfg), "batch", "seq", None)
     attended, cache = MIXERS[kind.mixer](p["attn"], normed, ctx, cfg, kind, cache)
+    attended = ctx.shard(attended, "batch", "seq", None)
     attended = cfg.residual_scale * named_norm(p, "attn_post_norm", attended, cfg)
     if cfg.parallel:
         source = normed if cfg.shared_norm else named_norm(p, "ffn_norm", x, cfg)
@@ -53,13 +54,14 @@ def block(
         x = ctx.shard(x + attended, "batch", "stream", None)
         source = ctx.shard(named_norm(p, "ffn_norm", x, cfg), "batch", "seq", None)
     fed, stats = moe(p["ffn"], source, ctx, cfg) if kind.ffn == "moe" else (mlp(p["ffn"], source, ctx, cfg), None)
+    fed = ctx.shard(fed, "batch", "seq", None)
     x += cfg.residual_scale * named_norm(p, "ffn_post_norm", fed, cfg)
     return ctx.shard(x, "batch", "stream", None), cache, stats
 
 
 def embed(params: Params, cfg: ModelConfig, tokens: jax.Array, positions: jax.Array, runtime: Runtime) -> jax.Array:
     """Token embeddings [B, T, D], with learned positions and the embedding norm where the architecture has them."""
-    x = lookup(params["embed"], tokens, dtype=runtime.dtype)
+    x = runtime.shard(lookup(params["embed"], tokens, dtype=runtime.dtype), "batch", "seq", None)
     if cfg.embed_scale != 1.0:
         x *= jnp.asarray(cfg.embed_scale, x.dtype)
     if cfg.learned_positions:

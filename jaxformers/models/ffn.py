@@ -29,6 +29,7 @@ def mlp(p: Params, x: jax.Array, ctx: Context, cfg: ModelConfig) -> jax.Array:
     hidden = activate(p, up if gate is None else ctx.save(gate, "gate"), cfg)
     if gate is not None:
         hidden *= up
+    hidden = ctx.shard(hidden, "batch", "seq", "mlp")
     return linear(hidden, p["down"], p.get("down_b"))
 
 

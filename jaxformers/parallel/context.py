@@ -135,14 +135,31 @@ def on_mesh(mesh: Mesh, *, group: int = 1) -> Attend:
         ) -> jax.Array:
             return inside(q, k, v, visible, scores, sinks=sinks, slopes=slopes)
 
-        island = jax.shard_map(
-            here,
-            in_specs=(tokens, tokens, tokens, PartitionSpec(rows, seq), per_head, per_head),
-            out_specs=tokens,
-            axis_names=set(AXES) - set(taken),
-        )
-        return island(q, k, v, visible, sinks, head_slopes(q, scores))
+        inputs = (tokens, tokens, tokens, PartitionSpec(rows, seq), per_head, per_head)
+        island = partial(jax.shard_map, axis_names=set(AXES) - set(taken))
+        run = island(here, in_specs=inputs, out_specs=tokens)
+        if taken:
+            run = _without_residuals(run, here, partial(island, in_specs=(inputs, tokens)), inputs)
+        return run(q, k, v, visible, sinks, head_slopes(q, scores))
 
+    return attend
+
+
+def _without_residuals(run: Attend, here: Attend, island: Attend, specs: tuple[PartitionSpec, ...]) -> Attend:
+    """`run`, whose backward pass computes `here` anew in an island of its own: inside another island, as a pipeline's,
+    jax cannot bring what a forward pass keeps from one to the other."""
+
+    def backward(inputs: tuple, gradient: jax.Array) -> tuple:
+        def there(inputs: tuple, gradient: jax.Array) -> tuple:
+            q, k, v, visible, sinks, slopes = inputs
+            _, pull = jax.vjp(lambda q, k, v, sinks: here(q, k, v, visible, sinks, slopes), q, k, v, sinks)
+            return pull(gradient)
+
+        d_q, d_k, d_v, d_sinks = island(there, out_specs=(*specs[:3], specs[4]))(inputs, gradient)
+        return d_q, d_k, d_v, None, d_sinks, None
+
+    attend = jax.custom_vjp(run)
+    attend.defvjp(lambda *inputs: (run(*inputs), inputs), backward)
     return attend
 
 

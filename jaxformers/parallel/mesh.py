@@ -36,6 +36,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "layers": ("pp",),
 }
 SEQUENCE_PARALLEL = RULES | {"stream": ("cp", "tp")}  # arXiv:2205.05198
+WHOLE_ROWS = RULES | {"seq": (), "stream": ()}
 SPLIT_REPLICAS = RULES | {"embed": ("fsdp", "dp")}  # what replicas need not all hold (arXiv:1910.02054)
 AxisSize = int | Literal["auto"]
 

@@ -104,7 +104,7 @@ class Trainer:
             below = self.sequence_length // shards * shards
             raise ValueError(
                 f"runtime: sequence_parallel cannot split rows of {self.sequence_length} tokens over {shards} devices; "
-                f"the nearest lengths it can are {below or shards} and {below + shards}"
+                f"nearest it can are {' and '.join(str(n) for n in (below, below + shards) if n)}"
             )
 
     def _check_linear_losses(self) -> None:

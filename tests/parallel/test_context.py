@@ -2,14 +2,27 @@
 
 import functools
 import itertools
+import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_equal_to_one_device import DENSE, MODELS, WINDOWS, Case, assert_equal_to_one_device
-from tiny import LLAMA, packed_batch, run_config
+from jax.sharding import AxisType, PartitionSpec
+from test_equal_to_one_device import (
+    DENSE,
+    MODELS,
+    WINDOWS,
+    Case,
+    assert_equal_to_one_device,
+    batches,
+    compiled_step,
+    place,
+    placed_state,
+    trainer_of,
+)
+from tiny import LLAMA, packed_batch, relative_error, run_config
 
 import jaxformers as jf
 from jaxformers.config import load_config
@@ -18,7 +31,7 @@ from jaxformers.models.attention import Scores, dot_product
 from jaxformers.models.blockwise import blockwise_attention
 from jaxformers.models.masks import Visibility
 from jaxformers.parallel.context import LONG, column_order, group_size, make_attend, on_mesh
-from jaxformers.parallel.mesh import MeshConfig, batch_sharding, make_mesh
+from jaxformers.parallel.mesh import AXES, MeshConfig, batch_sharding, make_mesh
 from jaxformers.train.build import Trainer
 from jaxformers.train.config import RuntimeConfig, TrainConfig
 from jaxformers.training import prepare_run
@@ -84,6 +97,39 @@ def test_attention_over_a_mesh_equals_the_plain_one_with_its_windows_caps_biases
         found = values_and_gradients(on_mesh(mesh, group=group), EVERYTHING, order=order, **shape)
     for ours, expected in zip(found, truth(**shape), strict=True):
         np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", [1, 2])
+def test_attention_over_a_mesh_works_within_a_pipelines_island(group):
+    mesh = jax.make_mesh((2, 1, 2, 1, 2, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    scores = Scores(0.5)
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = [(2, ROWS, LENGTH, heads, HEAD_DIM) for heads in (4, 2, 2)]
+    arrays = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=False)]
+    arrays.append(jax.random.normal(keys[3], (2, 4)))  # sinks
+    positions = jnp.broadcast_to(jnp.arange(LENGTH), (ROWS, LENGTH))
+
+    def stage(attend: Any, q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array, at: jax.Array) -> jax.Array:
+        return attend(q[0], k[0], v[0], Visibility(at, at), scores, sinks=sinks[0])[None]
+
+    def loss(q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array) -> jax.Array:
+        specs = (*[PartitionSpec("pp")] * 4, PartitionSpec())
+        inside = functools.partial(stage, on_mesh(mesh, group=group))
+        stages = jax.shard_map(inside, in_specs=specs, out_specs=specs[0], axis_names={"pp"})
+        return (stages(q, k, v, sinks, positions) ** 2).sum()
+
+    def plain(*arrays: jax.Array) -> jax.Array:
+        both = ([a[i : i + 1] for a in arrays] for i in range(2))
+        return sum((stage(dot_product, *one, positions) ** 2).sum() for one in both)
+
+    def gradients(function: Any) -> Any:
+        with jax.default_matmul_precision("highest"):
+            return jax.jit(jax.grad(function, argnums=(0, 1, 2, 3)), compiler_options=QUICK)(*arrays)
+
+    expected = gradients(plain)
+    with jax.set_mesh(mesh):
+        assert relative_error(gradients(loss), expected) < 1e-5
 
 
 def test_zigzag_gives_every_device_as_many_pairs_of_query_and_key():
@@ -155,15 +201,29 @@ def test_attention_goes_block_by_block_where_rows_are_long():
     assert make("auto", mesh=many, length=8) is dot_product
 
 
+@pytest.mark.slow
 def test_a_run_on_split_rows_trains_evaluates_and_generates_as_another_mesh_does(tmp_path):
     sample = {"prompts": ["alpha beta"], "max_new_tokens": 5, "temperature": 0}
-    common = {"train": {"steps": 2, "batch_size": 8, "eval_batches": 1}, "sample": sample}
+    common = {"train": {"steps": 3, "batch_size": 8, "eval_batches": 1}, "sample": sample}
     split = {"mesh": {"dp": 2, "fsdp": 1, "cp": 4}, "run_dir": str(tmp_path / "split")}
     whole = jf.fit(run_config(tmp_path, **common))
     found = jf.fit(run_config(tmp_path, **common, **split))
     assert found.metrics["loss"] == pytest.approx(whole.metrics["loss"], rel=1e-5)
     assert found.validation == pytest.approx(whole.validation, rel=1e-5)
     assert found.samples == whole.samples
+
+
+def test_a_ring_passes_keys_values_and_their_gradients_and_gathers_nothing():
+    trainer = trainer_of(Case("dense", {"cp": 4}, chunk=8))
+    with jax.set_mesh(trainer.mesh):
+        state = placed_state(trainer)
+        program = compiled_step(trainer, state, place(batches()[0], trainer)).as_text()
+    # Of keys and values: forward, backward, their gradients within the ring's loop and once more to get home; and both
+    # times where the keys stand, their positions and segments.
+    assert len(re.findall(r" = f32\S* collective-permute\(", program)) == 8
+    assert len(re.findall(r" = s32\S* collective-permute\(", program)) == 4
+    assert "all-gather" not in program
+    assert "all-to-all" not in program
 
 
 @pytest.mark.slow
@@ -194,7 +254,6 @@ CP2_TP4, CP4_FSDP2 = {"cp": 2, "tp": 4}, {"cp": 4, "fsdp": 2}
 SINKS = "sinks and windows"
 CASES = [
     Case("dense", CP4_FSDP2, accumulation=4, chunk=8),
-    Case(WINDOWS, CP2_DP2_TP2),
     Case("dense", CP8, context="ulysses"),  # more devices than the two kv heads
 ]
 MORE_CASES = [
@@ -209,6 +268,7 @@ MORE_CASES = [
     Case("mla", CP2_DP2_TP2),
     Case("mla", {"cp": 4, "tp": 2}, context="hybrid"),
     Case("mla", CP8, context="ulysses", remat="full"),
+    Case(WINDOWS, CP2_DP2_TP2),
     Case(WINDOWS, CP8, accumulation=4),
     Case(WINDOWS, CP4_FSDP2, context="ulysses"),
     Case(SINKS, CP8),

@@ -270,6 +270,8 @@ MORE_EP_CASES = [
     Case("mla", DP2_EP2, layers="unroll", loss=BIAS),
     Case("mla", EP2_TP2, remat="projections"),
     Case("mla", ONE, accumulation=4, layers="unroll", loss=BIAS),
+    Case("moe", {"ep": 2, "cp": 2}, accumulation=2, loss=GLOBAL),
+    Case("mla", {"ep": 2, "cp": 2, "tp": 2}, chunk=8, loss=BIAS),
 ]
 
 
@@ -308,6 +310,8 @@ MORE_SHARED_CASES = [
     Case("moe", EP2_TP2, remat="dots", sequence_parallel=True),
     Case(WINDOWS, FSDP4_TP2, chunk=8, sequence_parallel=True),
     Case("odd", DP2_TP2, sequence_parallel=True),
+    Case("dense", {"cp": 2, "tp": 2}, sequence_parallel=True),
+    Case("dense", {"dp": 2, "cp": 2, "tp": 2}, chunk=8, zero=2, sequence_parallel=True),
 ]
 
 

@@ -1,5 +1,6 @@
 """A trainer: its two layouts of one state, what it refuses, and what it computes in."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -144,3 +145,19 @@ def test_a_batch_is_placed_by_rows():
     mesh = make_mesh(MeshConfig(dp=2, fsdp=2, tp=2))
     placed = jax.device_put(packed_batch(8)["tokens"], batch_sharding((8, 32), mesh))
     assert placed.sharding.shard_shape(placed.shape) == (2, 32)
+
+
+def test_rows_that_tensor_shards_cannot_split_are_refused_with_the_nearest_lengths():
+    mesh = make_mesh(MeshConfig(fsdp=1, tp=8))
+    for length, nearest in ((30, "24 and 32"), (6, "8")):
+        for apart in (True, False):
+            trainer = replace(trainer_on(mesh, runtime=RuntimeConfig(sequence_parallel=apart)), sequence_length=length)
+            if not apart:
+                trainer.check()
+                continue
+            with pytest.raises(ValueError) as caught:
+                trainer.check()
+            assert str(caught.value) == (
+                f"runtime: sequence_parallel cannot split rows of {length} tokens over 8 devices; nearest it can are "
+                + nearest
+            )
