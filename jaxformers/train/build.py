@@ -95,7 +95,7 @@ class Trainer:
         """ValueError for settings that do not fit each other, before anything is compiled."""
         _ = self.learning_rate, self._runtime
         self._check_sequence_parallel()
-        self._check_linear_losses()
+        self._check_one_f_one_b()
         check_expert_bias(self.cfg, rate=self.loss.expert_bias_rate)
 
     def _check_sequence_parallel(self) -> None:
@@ -107,13 +107,19 @@ class Trainer:
                 f"nearest it can are {' and '.join(str(n) for n in (below, below + shards) if n)}"
             )
 
-    def _check_linear_losses(self) -> None:
-        """The gradient of 1F1B is taken before the sums of all microbatches are known."""
-        pipelined = self._pipeline is not None and self._pipeline.schedule == "1f1b"
-        if pipelined and self.cfg.moe is not None and self.loss.balance_over != "row":
+    def _check_one_f_one_b(self) -> None:
+        """ValueError for what cannot run while some microbatches go forward and others backward."""
+        if self._pipeline is None or self._pipeline.schedule != "1f1b":
+            return
+        if self.cfg.moe is not None and self.loss.balance_over != "row":
             raise ValueError(
                 f"loss: balance_over={self.loss.balance_over} needs all rows before any gradient, which "
                 "runtime.pipeline=1f1b has not; use balance_over=row, or pipeline=gpipe or interleaved"
+            )
+        if self.mesh.shape["cp"] > 1:
+            raise ValueError(
+                f"runtime.pipeline=1f1b does not go with mesh.cp={self.mesh.shape['cp']}, whose exchanges of both ways "
+                "could wait for each other; use gpipe or interleaved"
             )
 
     @cached_property

@@ -148,7 +148,9 @@ MORE_CASES = [
     Case("moe", PP2 | {"fsdp": 2, "ep": 2}, runtime=ONE_F_ONE_B | {"remat": "full"}),
     Case("moe", PP2 | {"ep": 2, "cp": 2}),
     Case("dense", PP2 | {"cp": 4}, accumulation=2, runtime=INTERLEAVED),
-    Case("dense", PP2 | {"cp": 2, "tp": 2}, chunk=8, runtime=ONE_F_ONE_B),
+    Case("dense", PP2 | {"cp": 2, "tp": 2}, chunk=8),
+    Case("dense", DP | {"tp": 2}, runtime=ONE_F_ONE_B),
+    Case("moe", TP | {"ep": 2}, runtime=ONE_F_ONE_B),
     Case("dense", PP2 | {"fsdp": 2, "cp": 2}, runtime={"context": "ulysses", "remat": "full"}),
     Case("mixed stacks", PP2 | {"cp": 2}, runtime={"context": "hybrid"}),
     Case("dense", TP, runtime={"sequence_parallel": True}),
@@ -272,12 +274,29 @@ def test_a_state_survives_the_order_that_its_stages_want(runtime):
             "runtime.stages is [4, 5]; it has to share the 8 layers that the pipeline cuts among 2 stages, at least "
             "one each",
         ),
+        (
+            "dense",
+            PP2 | {"cp": 2},
+            ONE_F_ONE_B,
+            "runtime.pipeline=1f1b does not go with mesh.cp=2, whose exchanges of both ways could wait for each other; "
+            "use gpipe or interleaved",
+        ),
         ("dense", PP2, {"layers": "unroll"}, "runtime.layers=unroll does not go with mesh.pp=2; use scan or auto"),
     ],
 )
 def test_a_pipeline_that_does_not_fit_is_refused_before_anything_is_compiled(model, mesh, runtime, message):
     with pytest.raises(ValueError) as caught:
         trainer_of(Case(model, mesh, runtime=runtime)).check()
+    assert str(caught.value) == message
+
+
+def test_1f1b_refuses_a_loss_that_needs_all_rows_before_any_gradient():
+    message = (
+        "loss: balance_over=batch needs all rows before any gradient, which runtime.pipeline=1f1b has not; "
+        "use balance_over=row, or pipeline=gpipe or interleaved"
+    )
+    with pytest.raises(ValueError) as caught:
+        trainer_of(Case("moe", PP2, runtime=ONE_F_ONE_B, loss=GLOBAL)).check()
     assert str(caught.value) == message
 
 
