@@ -152,7 +152,7 @@ MORE_CASES = [
     Case("dense", DP | {"tp": 2}, runtime=ONE_F_ONE_B),
     Case("moe", TP | {"ep": 2}, runtime=ONE_F_ONE_B),
     Case("dense", PP2 | {"fsdp": 2, "cp": 2}, runtime={"context": "ulysses", "remat": "full"}),
-    Case("mixed stacks", PP2 | {"cp": 2}, runtime={"context": "hybrid"}),
+    Case("tied", PP2 | {"cp": 2}, runtime={"context": "hybrid"}),
     Case("dense", TP, runtime={"sequence_parallel": True}),
     Case("dense", TP, runtime=ONE_F_ONE_B | {"sequence_parallel": True}),
     Case("dense", DP, accumulation=2, runtime={"zero": 2, "stages": (3, 5)}),
