@@ -90,13 +90,19 @@ def _island(
     specs = {name: s for name, s in moe_spec(cfg).items() if not isinstance(s, dict) and "experts" in s.axes}
     places = {name: spec_of(s.axes, s.shape, mesh) for name, s in specs.items()}
     split_width = "tp" in _axes_in(places["down"])  # F is split: each device's output is one term of a sum
+    apart = (*token_axes, "tp") if split_width else token_axes  # axes over which devices compute different things
+
+    def own(w: jax.Array, place: P) -> jax.Array:
+        # Before it is cast for use, so that gradients are summed over devices in the dtype that it is kept in.
+        shared = tuple(axis for axis in apart if axis not in _axes_in(place))
+        return lax.pcast(w, shared, to="varying") if shared else w
 
     def body(p: Params, x: jax.Array, weights: jax.Array, experts: jax.Array) -> Mixed:
-        p = {name: _whole_inputs(w, places[name]) for name, w in p.items()}
+        p = {name: _whole_inputs(own(w, places[name]), places[name]) for name, w in p.items()}
         terms = x, weights
         if split_width:
             # Here rather than at each use: a token's gradients are then summed on a device before they are over tp.
-            terms = lax.pcast(terms, "tp", to="varying")
+            terms = _exact(partial(lax.pcast, axis_name="tp", to="varying"), x), lax.pcast(weights, "tp", to="varying")
         if split_width and "down_b" in p:
             p["down_b"] = jnp.where(lax.axis_index("tp") == 0, p["down_b"], 0)  # once in the sum
         y, dropped = mix(p, *(a.reshape(-1, a.shape[-1]) for a in (*terms, experts)), cfg)
@@ -124,6 +130,14 @@ def _whole_inputs(w: jax.Array, place: P) -> jax.Array:
     return lax.all_gather(w, "fsdp", axis=entries.index("fsdp"), tiled=True) if "fsdp" in entries else w
 
 
+def _exact(collective: Callable[[jax.Array], jax.Array], a: jax.Array) -> jax.Array:
+    """A collective whose gradient is a sum over devices. XLA:CPU aborts on sums of bfloat16, so they are float32
+    there."""
+    if a.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+        return collective(a.astype(jnp.float32)).astype(a.dtype)
+    return collective(a)
+
+
 def _mix_here(
     p: Params, x: jax.Array, weights: jax.Array, experts: jax.Array, cfg: ModelConfig
 ) -> tuple[jax.Array, None]:
@@ -136,7 +150,8 @@ def _mix_gathered(
 ) -> tuple[jax.Array, None]:
     """All of the group's tokens come to every device, which adds what its experts make of them to the others' sums."""
     held = p["up"].shape[0]
-    everyone_x, everyone_weights, visits = (lax.all_gather(a, "ep", tiled=True) for a in (x, weights, experts))
+    gather = partial(lax.all_gather, axis_name="ep", tiled=True)
+    everyone_x, everyone_weights, visits = (_exact(gather, a) for a in (x, weights, experts))
     visits -= lax.axis_index("ep") * held
     visits = jnp.where((visits >= 0) & (visits < held), visits, held)
     y = weigh(run_experts(p, everyone_x, visits, cfg), everyone_weights)
