@@ -222,10 +222,10 @@ def test_a_tokenizer_is_trained_where_the_config_asks_for_one(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_signal_finishes_the_step_saves_and_says_so(whole, tmp_path, monkeypatch, number):
-    before = signal.getsignal(number)
+    before, config = signal.getsignal(number), again(whole("plain")[0], tmp_path)
     with monkeypatch.context() as patch:
         act_at(patch, 2, raise_signal(number))
-        result = jf.fit(again(whole("plain")[0], tmp_path))
+        result = jf.fit(config)
     assert result.stopped == signal.Signals(number).name
     assert result.step == 3, "the step in progress is finished"
     assert checkpoints_of(result.run_dir) == [3]

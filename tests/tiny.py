@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxformers.models.config import ModelConfig
+from jaxformers.models.config import LayerKind, ModelConfig, MoE
 from jaxformers.models.params import Params, ParamSpec, model_spec
 
 LLAMA = {
@@ -21,6 +21,22 @@ LLAMA = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
+
+
+def one_sparse_layer(m: MoE, *, d_model: int, d_ff: int) -> ModelConfig:
+    """A model of one layer with these experts."""
+    return ModelConfig(
+        family="none",
+        vocab_size=11,
+        d_model=d_model,
+        d_ff=d_ff,
+        num_heads=2,
+        num_kv_heads=2,
+        head_dim=4,
+        layers=(LayerKind(ffn="moe"),),
+        context_length=16,
+        moe=m,
+    )
 
 
 def packed_batch(rows: int, length: int = 32, *, vocab_size: int = 64, seed: int = 0) -> dict[str, np.ndarray]:

@@ -4,7 +4,7 @@ on."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -324,11 +324,14 @@ def rope(
     theta: float = 1e4,
     fraction: float = 1.0,
     original: int | None = None,
+    beside: Sequence[str] = (),
+    renamed: Mapping[str, str] | None = None,
 ) -> Rope:
     """Rotary settings from either spelling: `rope_parameters` (possibly one a layer type), or `rope_theta` with
     `rope_scaling`.
 
-    theta, fraction (of the head that is rotated) and original (positions before scaling) are the family's defaults.
+    theta, fraction (of the head that is rotated) and original (positions before scaling) are the family's defaults;
+    beside: keys among the settings that are not about the rotation; renamed: the family's names of scalings.
     """
     table = c.table("rope_parameters", {})
     if layer_type is not None and isinstance(table.get(layer_type), Mapping):
@@ -338,26 +341,30 @@ def rope(
         raise c.error("rope_scaling", dict(old), "absent beside rope_parameters that say something else")
     old_theta, old_fraction = c.number("rope_theta", None), c.number("partial_rotary_factor", None)
     values = Keys({**old, **table, "model_type": f"{c.model_type} rope"})
+    values.skip(*beside)
     base = values.number("rope_theta", theta if old_theta is None else old_theta)
     fraction = values.number("partial_rotary_factor", fraction if old_fraction is None else old_fraction)
     context = c.integer("max_position_embeddings")
-    scaling = rope_scaling(values, context, c.integer("original_max_position_embeddings", original))
+    scaling = rope_scaling(values, context, c.integer("original_max_position_embeddings", original), renamed or {})
     values.finish()
-    return Rope(int(dim * fraction) // 2 * 2, base, interleaved, scaling)
+    rotated = int(dim * fraction) // 2 * 2
+    if isinstance(scaling, LongRopeScaling) and len(scaling.short) != rotated // 2:
+        raise values.error("short_factor", list(scaling.short), f"{rotated // 2} numbers, one a rotated pair")
+    return Rope(rotated, base, interleaved, scaling)
 
 
-def rope_scaling(c: Keys, context: int, outer: int | None = None) -> RopeScaling | None:
+def rope_scaling(c: Keys, context: int, outer: int | None, renamed: Mapping[str, str]) -> RopeScaling | None:
     """The scaling that `rope_type` (or the older `type`) names.
 
     context: `max_position_embeddings`. outer: `original_max_position_embeddings` where the file has it outside of the
-    rope's settings, and then it counts.
+    rope's settings, and then it counts. renamed: other names of scalings.
     """
     kind, inner = (
         c.text("rope_type", c.text("type", "default")),
         c.integer("original_max_position_embeddings", context),
     )
     original = inner if outer is None else outer
-    match kind:
+    match renamed.get(kind, kind):
         case "default":
             return None
         case "linear":
@@ -376,8 +383,15 @@ def rope_scaling(c: Keys, context: int, outer: int | None = None) -> RopeScaling
     raise c.error("rope_type", kind, "one of default, dynamic, linear, llama3, longrope, telechat3-yarn, yarn")
 
 
+def _numbers(c: Keys, key: str) -> list[float]:
+    values = c.sequence(key)
+    if not all(isinstance(x, int | float) for x in values):
+        raise c.error(key, values, "a list of numbers")
+    return [float(x) for x in values]
+
+
 def _longrope(c: Keys, context: int, original: int) -> LongRopeScaling:
-    short, long = (tuple(float(x) for x in c.sequence(f"{name}_factor")) for name in ("short", "long"))
+    short, long = (tuple(_numbers(c, f"{name}_factor")) for name in ("short", "long"))
     if len(short) != len(long):
         raise c.error("long_factor", list(long), f"of the length of short_factor ({len(short)})")
     growth = c.number("factor", context / original)

@@ -8,6 +8,7 @@ from jaxformers.models.config import MLA, LayerKind, ModelConfig, MoE, YarnScali
 def read_deepseek_v3(c: Keys) -> ModelConfig:
     c.expect("scoring_func", "sigmoid")
     c.expect("topk_method", "noaux_tc")
+    c.expect("head_dim", c.integer("qk_rope_head_dim"))
     return _deepseek(
         c, c.integer("q_lora_rank", null=None), c.flag("rope_interleave", True), deepseek_moe(c, scale=2.5)
     )
@@ -29,9 +30,7 @@ def read_deepseek_v2(c: Keys) -> ModelConfig:
         scale=c.number("routed_scaling_factor", 1.0),
         shared_d_ff=width * c.integer("n_shared_experts", 2, minimum=0),
     )
-    # The file's width of a head is that of its attention's input, which latent attention does not have.
-    c.integer("head_dim", None)
-    c.values = {key: value for key, value in c.values.items() if key != "head_dim"}
+    c.skip("head_dim")  # hidden size / heads there, which latent attention does not have
     return _deepseek(c, c.integer("q_lora_rank", 1536, null=None), True, moe)
 
 
@@ -48,8 +47,6 @@ def _deepseek(c: Keys, q_rank: int | None, interleaved: bool, moe: MoE) -> Model
         rope_dim=c.integer("qk_rope_head_dim"),
         v_dim=c.integer("v_head_dim"),
     )
-    # These repeat what the parts above say.
-    c.expect("head_dim", mla.rope_dim)
     c.expect("qk_head_dim", mla.nope_dim + mla.rope_dim)
     turn = fam.rope(c, mla.rope_dim, interleaved=interleaved)
     first = c.integer("first_k_dense_replace", minimum=0)

@@ -25,11 +25,10 @@ def read_ministral(c: Keys) -> ModelConfig:
 
 def read_ministral3(c: Keys) -> ModelConfig:
     size, values = fam.head_dim(c, 128), c.table("rope_parameters")
-    # Two keys among the rope's settings are not about the rotation.
-    c.values = {**c.values, "rope_parameters": {k: v for k, v in values.items() if k not in ROPE_EXTRAS}}
     if values.get("max_position_embeddings") not in (None, c.integer("max_position_embeddings")):
         raise c.error("rope_parameters", values, "of the same max_position_embeddings as the model")
-    turn = fam.rope(c, size)
+    # Two keys among the rope's settings are not about the rotation.
+    turn = fam.rope(c, size, beside=("llama_4_scaling_beta", "max_position_embeddings"))
     beta, span = values.get("llama_4_scaling_beta"), values.get("original_max_position_embeddings")
     if not isinstance(beta, float | int) or not isinstance(span, int):
         raise c.error("rope_parameters", values, "with llama_4_scaling_beta and original_max_position_embeddings")
@@ -42,7 +41,6 @@ def read_ministral3(c: Keys) -> ModelConfig:
     )
 
 
-ROPE_EXTRAS = ("llama_4_scaling_beta", "max_position_embeddings")
 FAMILIES = {
     "mistral": fam.Family(read_mistral, fam.llama_names),
     "mixtral": fam.Family(read_mixtral, lambda _cfg: fam.Names(fam.LLAMA, moe=fam.MIXTRAL_EXPERTS)),

@@ -30,10 +30,8 @@ def phi_names(_cfg: ModelConfig) -> fam.Names:
 
 
 def read_phi3(c: Keys) -> ModelConfig:
-    scaling = c.table("rope_scaling", {})
-    if scaling.get("type", scaling.get("rope_type")) in ("su", "yarn"):  # as the first files named it
-        c.values = {**c.values, "rope_scaling": {**scaling, "type": "longrope", "rope_type": "longrope"}}
-    turn = fam.rope(c, fam.head_dim(c), original=c.integer("original_max_position_embeddings", 4096))
+    first = {"su": "longrope", "yarn": "longrope"}  # as the first files named it
+    turn = fam.rope(c, fam.head_dim(c), original=c.integer("original_max_position_embeddings", 4096), renamed=first)
     layers = fam.uniform_layers(c, window=c.integer("sliding_window", None), rope=turn)
     kv_heads = c.integer("num_key_value_heads", c.integer("num_attention_heads"))
     bias = c.flag("attention_bias", False)

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from tiny import one_sparse_layer
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from jaxformers.models.config import LayerKind, ModelConfig, MoE
+from jaxformers.models.config import MoE
 from jaxformers.models.context import Context
 from jaxformers.models.ffn import local_experts, moe
 from jaxformers.models.params import moe_spec
@@ -41,19 +42,7 @@ ROUTINGS = {
 }
 
 
-def config(m: MoE) -> ModelConfig:
-    return ModelConfig(
-        family="none",
-        vocab_size=11,
-        d_model=D,
-        d_ff=F,
-        num_heads=2,
-        num_kv_heads=2,
-        head_dim=4,
-        layers=(LayerKind(ffn="moe"),),
-        context_length=16,
-        moe=m,
-    )
+config = functools.partial(one_sparse_layer, d_model=D, d_ff=F)
 
 
 def weights(m: MoE, seed=0):

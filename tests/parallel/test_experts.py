@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from tiny import relative_error
+from tiny import one_sparse_layer, relative_error
 
-from jaxformers.models.config import LayerKind, ModelConfig, MoE
+from jaxformers.models.config import MoE
 from jaxformers.models.context import Context
 from jaxformers.models.ffn import local_experts, moe
 from jaxformers.models.params import moe_spec
@@ -38,19 +38,7 @@ EP2_TP2, EP2_FSDP2, DP2_EP2 = {"ep": 2, "tp": 2}, {"ep": 2, "fsdp": 2}, {"dp": 2
 ALL_DATA, NO_EP = {"dp": 2, "fsdp": 2, "ep": 2}, {"dp": 2, "fsdp": 2, "tp": 2}
 
 
-def config(m: MoE) -> ModelConfig:
-    return ModelConfig(
-        family="none",
-        vocab_size=11,
-        d_model=D,
-        d_ff=F,
-        num_heads=2,
-        num_kv_heads=2,
-        head_dim=4,
-        layers=(LayerKind(ffn="moe"),),
-        context_length=16,
-        moe=m,
-    )
+config = functools.partial(one_sparse_layer, d_model=D, d_ff=F)
 
 
 def mesh_of(sizes):
