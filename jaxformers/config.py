@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -178,23 +179,30 @@ def explain(error: ValidationError) -> str:
 
 def _place(path: tuple[int | str, ...]) -> str:
     """An error's location as the config file spells it: behind a key come indices, and pydantic's names of types."""
-    place, section = [], RunConfig
+    place: list[str] = []
+    kind: Any = RunConfig
     for part in path:
-        if section is not None or isinstance(part, int):
+        if kind is not None or isinstance(part, int):
             place.append(str(part))
-        field = section.model_fields.get(str(part)) if section is not None else None
-        section = None if field is None else _section(field.annotation)
+        kind = _below(kind, part)
     return ".".join(place)
 
 
 def _model_at(path: tuple[int | str, ...]) -> type[BaseModel]:
     """The section of the config at a path of keys."""
-    section: type[BaseModel] = RunConfig
-    for part in path:
-        found = _section(section.model_fields[part].annotation)
-        assert found is not None
-        section = found
-    return section
+    found = _section(functools.reduce(_below, path, RunConfig))
+    assert found is not None
+    return found
+
+
+def _below(kind: Any, part: int | str) -> Any:
+    """The type of what stands under a key of a section, or under a name where sections have names; else None."""
+    if get_origin(kind) is dict:
+        return _section(get_args(kind)[1])
+    section = _section(kind)
+    field = section.model_fields.get(str(part)) if section is not None else None
+    kept = field is not None and (get_origin(field.annotation) is dict or _section(field.annotation) is not None)
+    return field.annotation if kept else None
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import get_origin
 
 import pytest
 import yaml
@@ -69,8 +70,35 @@ def test_a_missing_key_is_named(key):
     assert refusal(values) == f"config: the required key {key!r} is missing"
 
 
-def test_a_missing_key_of_a_section_is_named_with_its_section():
-    assert refusal(MINIMAL | {"data": {}}) == "config: the required key 'data.paths' is missing"
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        ({}, "data: give either paths, for one corpus, or sources, for several, each with paths of its own"),
+        ({"sources": {"code": {}}}, "data: the required key sources.code.paths is missing"),
+        ({"sources": {"code": "*.py"}}, "data.sources.code is '*.py'; it must hold keys, such as exclude"),
+        (
+            {"sources": {"code": {"paths": "*.py", "text_feild": "x"}}},
+            "unknown key 'data.sources.code.text_feild'; did you mean 'text_field'?",
+        ),
+        (
+            {"sources": {"code": {"paths": "*.py", "validation_fraction": 2}}},
+            "data.sources.code.validation_fraction is 2; input should be less than 1",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_corpus_is_named_with_its_place(data, message):
+    assert refusal(MINIMAL | {"data": data}) == f"config: {message}"
+
+
+def test_a_source_takes_what_it_lacks_from_the_keys_beside_it_and_is_written_out():
+    data = {
+        "sources": {"a": {"paths": "a.jsonl"}, "b": {"paths": "b.jsonl", "text_field": "b"}},
+        "text_field": "shared",
+    }
+    config = load_config(MINIMAL | {"data": data}, ["data.sources.a.validation_fraction=0.5"])
+    assert [source.text_field for source in config.data.sources.values()] == ["shared", "b"]
+    assert [source.validation_fraction for source in config.data.by_source().values()] == [0.5, 0.01]
+    assert load_config(parse_yaml(dump_yaml(config), name="written")) == config
 
 
 @pytest.mark.parametrize(
@@ -252,7 +280,7 @@ def sections(model: type[BaseModel], path: str = ""):
     from jaxformers.config import _section
 
     for name, field in model.model_fields.items():
-        section = _section(field.annotation)
+        section = None if get_origin(field.annotation) is dict else _section(field.annotation)
         if section is not None:
             yield from sections(section, f"{path}{name}.")
         else:

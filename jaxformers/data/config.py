@@ -63,13 +63,13 @@ class TokenizerConfig(BaseModel):
         return self
 
 
-class DataConfig(BaseModel):
-    """Which files to learn from and how their documents become rows of `sequence_length` tokens."""
+class SourceConfig(BaseModel):
+    """Which files to learn from and how to read documents out of them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     paths: Strings = Field(
-        min_length=1,
+        (),
         description="Globs of files; `**` crosses folders, {stdlib} is the running Python's standard library. "
         ".jsonl, .jsonl.gz and .jsonl.zst hold a document a line, any other file is one document.",
     )
@@ -89,6 +89,14 @@ class DataConfig(BaseModel):
     validation_fraction: float = Field(
         0.01, ge=0, lt=1, description="Share of documents held out; a document's content alone decides its side."
     )
+
+
+class DataConfig(SourceConfig):
+    """One corpus (`paths`) or several (`sources`), and how their documents become rows of `sequence_length` tokens."""
+
+    sources: dict[str, SourceConfig] = Field(
+        {}, description="Several corpora by name, each with the keys of one; a key that one lacks is taken from here."
+    )
     sequence_length: int = Field(1024, gt=0, description="Tokens in a row.")
     packing: Literal["first_fit", "concat"] = Field(
         "first_fit",
@@ -102,3 +110,28 @@ class DataConfig(BaseModel):
         None, description="Where tokenized data is kept; none: $JAXFORMERS_CACHE, or else the user's cache folder."
     )
     workers: int | None = Field(None, gt=0, description="Processes that tokenize; none: one per core.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sources_inherit(cls, values: Any) -> Any:
+        sources = values.get("sources") if isinstance(values, dict) else None
+        if not isinstance(sources, dict) or not all(isinstance(source, dict) for source in sources.values()):
+            return values  # what is wrong with them is said where they are read
+        shared = {key: value for key, value in values.items() if key in SourceConfig.model_fields and key != "paths"}
+        return values | {"sources": {name: shared | source for name, source in sources.items()}}
+
+    @model_validator(mode="after")
+    def _one_corpus_or_several(self) -> Self:
+        if bool(self.paths) == bool(self.sources):
+            raise ValueError("give either paths, for one corpus, or sources, for several, each with paths of its own")
+        for name, source in self.sources.items():
+            if not source.paths:
+                raise ValueError(f"the required key sources.{name}.paths is missing")
+        return self
+
+    def by_source(self) -> dict[str, Self]:
+        """Each corpus by name as a config of its own; a single one has the name ""."""
+        if not self.sources:
+            return {"": self}
+        shared = {key: getattr(self, key) for key in type(self).model_fields.keys() - SourceConfig.model_fields.keys()}
+        return {name: type(self)(**shared | dict(source) | {"sources": {}}) for name, source in self.sources.items()}
