@@ -20,9 +20,9 @@ from jaxformers.models.config import ModelConfig
 
 # The modules of this package that hold families, one for each lineage.
 LINEAGES = """
-    llama mistral qwen gemma phi deepseek gpt_oss glm olmo granite cohere ernie hunyuan exaone dots minimax apertus
-    smollm helium internlm3 nemotron stablelm starcoder falcon bloom mpt opt neox gpt2 nanochat baichuan internlm
-    qwen1 chatglm telechat renamed pangu
+    llama arcee seed mistral mixtral qwen qwen_moe gemma gemma3 phi phi3 deepseek gpt_oss glm olmo granite cohere
+    ernie hunyuan exaone dots minimax apertus smollm helium internlm3 nemotron stablelm starcoder bigcode falcon
+    bloom mpt opt neox gptj gpt2 nanochat baichuan internlm qwen1 chatglm telechat telechat3 pangu
 """
 FAMILIES: dict[str, Family] = {}
 for lineage in LINEAGES.split():

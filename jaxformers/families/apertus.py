@@ -8,9 +8,7 @@ from jaxformers.models.config import ModelConfig
 def read_apertus(c: Keys) -> ModelConfig:
     if not (c.table("rope_parameters", None) or c.table("rope_scaling", None)):
         raise ValueError("apertus config: the required key 'rope_parameters' (or 'rope_scaling') is missing")
-    c.expect("mlp_bias", False)
-    c.expect("qk_norm", True)
-    c.expect("post_norm", False)
+    c.expect(mlp_bias=False, qk_norm=True, post_norm=False)
     return fam.llama_config(
         c,
         layers=fam.uniform_layers(c, rope=fam.rope(c, fam.head_dim(c), theta=12e6)),

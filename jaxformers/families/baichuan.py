@@ -14,7 +14,7 @@ def read_baichuan(c: Keys) -> ModelConfig:
     context = c.integer("model_max_length", positions)
     # A coefficient of the training loss, in Baichuan 2's files alone.
     second = c.number("z_loss_weight", None) is not None or c.integer("vocab_size") == BAICHUAN_2_VOCABULARY
-    c.expect("tie_word_embeddings", False)
+    c.expect(tie_word_embeddings=False)
     return fam.llama_config(
         c,
         layers=fam.uniform_layers(c, rope=None if positions is None else Rope(fam.head_dim(c))),

@@ -6,7 +6,7 @@ from jaxformers.models.config import ModelConfig
 
 
 def read_bloom(c: Keys) -> ModelConfig:
-    c.expect("apply_residual_connection_post_layernorm", False)
+    c.expect(apply_residual_connection_post_layernorm=False)
     width = "n_embed" if c.integer("n_embed", None) else "hidden_size"
     c.integer("hidden_size", None)
     c.skip("offset_alibi", "masked_softmax_fusion", "bias_dropout_fusion", "skip_bias_add", "skip_bias_add_qkv")

@@ -7,19 +7,9 @@ from jaxformers.models.config import LayerKind, ModelConfig, Rope
 
 
 def read_chatglm(c: Keys) -> ModelConfig:
-    for key, only in (
-        ("rmsnorm", True),
-        ("post_layer_norm", True),
-        ("original_rope", True),
-        ("apply_residual_connection_post_layernorm", False),
-        ("fp32_residual_connection", False),
-        ("tie_word_embeddings", False),
-        ("prefix_projection", False),
-        ("quantization_bit", 0),
-        ("rotary_percent", 0.5),
-        ("interleaved_qkv", False),
-    ):
-        c.expect(key, only)
+    c.expect(rmsnorm=True, post_layer_norm=True, original_rope=True, rotary_percent=0.5, interleaved_qkv=False)
+    c.expect(apply_residual_connection_post_layernorm=False, fp32_residual_connection=False, tie_word_embeddings=False)
+    c.expect(prefix_projection=False, quantization_bit=0)
     if not c.flag("multi_query_attention", False):
         raise c.error("multi_query_attention", False, "true")
     # Scaling scores by the layer's number is undone within the softmax.
@@ -29,8 +19,7 @@ def read_chatglm(c: Keys) -> ModelConfig:
         raise c.error("multi_query_group_num", groups, f"a divisor of num_attention_heads ({heads})")
     vocabulary, bias = c.integer("padded_vocab_size"), c.flag("add_bias_linear", False)
     # Newer files say both of these twice.
-    c.expect("vocab_size", vocabulary)
-    c.expect("num_hidden_layers", c.integer("num_layers"))
+    c.expect(vocab_size=vocabulary, num_hidden_layers=c.integer("num_layers"))
     turn = Rope(size // 2, 10_000.0 * c.number("rope_ratio", 1.0), interleaved=True)
     return ModelConfig(
         family="chatglm",

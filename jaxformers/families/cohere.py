@@ -29,21 +29,13 @@ def read_cohere(c: Keys) -> ModelConfig:
 
 def read_cohere2(c: Keys) -> ModelConfig:
     pattern, window = c.integer("sliding_window_pattern", 4), c.integer("sliding_window", 4096, null=None)
-    types = fam.layer_types(c, lambda i: "sliding_attention" if (i + 1) % pattern else "full_attention")
+    types = fam.layer_types(c, fam.full_every(pattern))
     local = LayerKind(window=window, rope=fam.rope(c, fam.head_dim(c), interleaved=True) if window else None)
-    c.expect("use_qk_norm", False)
+    c.expect(use_qk_norm=False)
     # Settings of published files that say what the type always does.
-    for key, only in (
-        ("use_parallel_block", True),
-        ("use_embedding_sharing", True),
-        ("use_gated_activation", True),
-        ("use_parallel_embedding", False),
-        ("position_embedding_type", "rope_gptj"),
-        ("order_of_interleaved_layers", "local_attn_first"),
-        ("rotary_pct", 1.0),
-        ("layer_switch", pattern),
-    ):
-        c.expect(key, only)
+    c.expect(use_parallel_block=True, use_embedding_sharing=True, use_gated_activation=True, rotary_pct=1.0)
+    c.expect(use_parallel_embedding=False, position_embedding_type="rope_gptj", layer_switch=pattern)
+    c.expect(order_of_interleaved_layers="local_attn_first")
     return _cohere(c, tuple(local if t == "sliding_attention" else LayerKind() for t in types))
 
 

@@ -207,6 +207,10 @@ def even_heads(c: Keys, width: str, heads: str) -> int:
     return c.integer(width) // c.integer(heads)
 
 
+# Llama's keys of those that `gpt_config` asks for.
+LLAMA_KEYS = {"width": "hidden_size", "heads": "num_attention_heads", "layers": "num_hidden_layers"}
+
+
 def gpt_config(
     c: Keys, *, width: str = "n_embd", heads: str = "n_head", layers: str = "n_layer", **values: Any
 ) -> ModelConfig:
@@ -248,7 +252,8 @@ def head_dim(c: Keys, default: int | None = None) -> int:
 
 
 def llama_config(c: Keys, **values: Any) -> ModelConfig:
-    """The keys most families spell as Llama does; `values` override or complete what they give."""
+    """The keys most families spell as Llama does; `values` override or complete what they give. Layers are all of one
+    plain kind unless they are given."""
     heads = c.integer("num_attention_heads")
     kv_heads = values.pop("num_kv_heads", None) or c.integer("num_key_value_heads", null=heads)
     if heads % kv_heads:
@@ -266,6 +271,8 @@ def llama_config(c: Keys, **values: Any) -> ModelConfig:
         defaults["context_length"] = c.integer("max_position_embeddings")
     if "head_dim" not in values:
         defaults["head_dim"] = head_dim(c)
+    if "layers" not in values:
+        defaults["layers"] = uniform_layers(c, rope=rope(c, (defaults | values)["head_dim"]))
     if "activation" not in values:
         defaults["activation"] = c.choice("hidden_act", ACTIVATIONS, "silu")
     if "tie_embeddings" not in values:
@@ -281,11 +288,11 @@ def llama_attention(c: Keys) -> dict[str, Any]:
     return {"num_kv_heads": kv_heads, "qkv_bias": bias, "o_bias": bias}
 
 
-def experts(c: Keys, key: str) -> dict[str, int]:
-    """`num_experts`, read from `key`, and the `top_k` of them that a token visits."""
-    count, top_k = c.integer(key), c.integer("num_experts_per_tok")
+def experts(c: Keys, key: str, top_key: str = "num_experts_per_tok") -> dict[str, int]:
+    """`num_experts`, read from `key`, and the `top_k` of them that a token visits, read from `top_key`."""
+    count, top_k = c.integer(key), c.integer(top_key)
     if top_k > count:
-        raise c.error("num_experts_per_tok", top_k, f"at most {key} ({count})")
+        raise c.error(top_key, top_k, f"at most {key} ({count})")
     return {"num_experts": count, "top_k": top_k}
 
 
@@ -303,6 +310,11 @@ def layer_types(c: Keys, default: Callable[[int], str]) -> list[str]:
     if len(types) != count or not set(types) <= set(known):
         raise c.error("layer_types", types, f"{count} entries from {', '.join(known)}")
     return types
+
+
+def full_every(n: int) -> Callable[[int], str]:
+    """The rule by which every n-th layer sees all of the text and the others a window of it."""
+    return lambda i: "sliding_attention" if (i + 1) % n else "full_attention"
 
 
 def typed_layers(
@@ -359,10 +371,7 @@ def rope_scaling(c: Keys, context: int, outer: int | None, renamed: Mapping[str,
     context: `max_position_embeddings`. outer: `original_max_position_embeddings` where the file has it outside of the
     rope's settings, and then it counts. renamed: other names of scalings.
     """
-    kind, inner = (
-        c.text("rope_type", c.text("type", "default")),
-        c.integer("original_max_position_embeddings", context),
-    )
+    kind, inner = c.text("rope_type", c.text("type", "default")), c.integer("original_max_position_embeddings", context)
     original = inner if outer is None else outer
     match renamed.get(kind, kind):
         case "default":

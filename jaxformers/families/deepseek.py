@@ -6,18 +6,18 @@ from jaxformers.models.config import MLA, LayerKind, ModelConfig, MoE, YarnScali
 
 
 def read_deepseek_v3(c: Keys) -> ModelConfig:
-    c.expect("scoring_func", "sigmoid")
-    c.expect("topk_method", "noaux_tc")
-    c.expect("head_dim", c.integer("qk_rope_head_dim"))
+    c.expect(scoring_func="sigmoid")
+    c.expect(topk_method="noaux_tc")
+    c.expect(head_dim=c.integer("qk_rope_head_dim"))
     return _deepseek(
         c, c.integer("q_lora_rank", null=None), c.flag("rope_interleave", True), deepseek_moe(c, scale=2.5)
     )
 
 
 def read_deepseek_v2(c: Keys) -> ModelConfig:
-    c.expect("scoring_func", "softmax")
-    c.expect("norm_topk_prob", False)  # never read by the reference implementation
-    c.expect("mlp_bias", False)
+    c.expect(scoring_func="softmax")
+    c.expect(norm_topk_prob=False)  # never read by the reference implementation
+    c.expect(mlp_bias=False)
     width, method = c.integer("moe_intermediate_size"), c.choice("topk_method", METHODS, "greedy")
     # The group keys are in files that do not use them, too.
     groups = _groups(c) if method == "groups" else {}
@@ -38,8 +38,8 @@ METHODS = {"greedy": "all", "group_limited_greedy": "groups"}
 
 
 def _deepseek(c: Keys, q_rank: int | None, interleaved: bool, moe: MoE) -> ModelConfig:
-    c.expect("moe_layer_freq", 1)
-    c.expect("attention_bias", False)
+    c.expect(moe_layer_freq=1)
+    c.expect(attention_bias=False)
     mla = MLA(
         q_rank=q_rank,
         kv_rank=c.integer("kv_lora_rank"),
@@ -47,7 +47,7 @@ def _deepseek(c: Keys, q_rank: int | None, interleaved: bool, moe: MoE) -> Model
         rope_dim=c.integer("qk_rope_head_dim"),
         v_dim=c.integer("v_head_dim"),
     )
-    c.expect("qk_head_dim", mla.nope_dim + mla.rope_dim)
+    c.expect(qk_head_dim=mla.nope_dim + mla.rope_dim)
     turn = fam.rope(c, mla.rope_dim, interleaved=interleaved)
     first = c.integer("first_k_dense_replace", minimum=0)
     layers = tuple(

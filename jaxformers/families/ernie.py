@@ -29,13 +29,10 @@ def read_ernie_moe(c: Keys) -> ModelConfig:
     count, width = c.integer("num_hidden_layers"), c.integer("moe_intermediate_size")
     first, last = c.integer("moe_layer_start_index", 1, minimum=0), c.integer("moe_layer_end_index", -1, minimum=-1)
     step, last = c.integer("moe_layer_interval", 1), count - 1 if last == -1 else last
-    c.expect("moe_norm_min", 1e-12)
-    c.expect("use_bias", False)
-    experts, top_k = c.integer("moe_num_experts"), c.integer("moe_k")
-    if top_k > experts:
-        raise c.error("moe_k", top_k, f"at most moe_num_experts ({experts})")
+    c.expect(moe_norm_min=1e-12, use_bias=False)
     shared = width * c.integer("moe_num_shared_experts", 2, null=0, minimum=0)
-    moe = MoE(num_experts=experts, top_k=top_k, d_ff=width, select_bias=True, shared_d_ff=shared)
+    chosen = fam.experts(c, "moe_num_experts", "moe_k")
+    moe = MoE(**chosen, d_ff=width, select_bias=True, shared_d_ff=shared)
     kinds = ["moe" if first <= i <= last and (i + 1) % step == 0 else "dense" for i in range(count)]
     return _ernie(c, fam.head_dim(c), kinds, 4, moe=moe)
 

@@ -8,23 +8,15 @@ from jaxformers.models.config import ModelConfig
 def read_falcon(c: Keys) -> ModelConfig:
     width = "n_embed" if c.integer("n_embed", None) else "hidden_size"
     heads, size, alibi = c.integer("num_attention_heads"), fam.even_heads(c, width, "num_attention_heads"), _alibi(c)
-    grouped, single, parallel = (
-        c.flag("new_decoder_architecture", False),
-        c.flag("multi_query", True),
-        c.flag("parallel_attn", True),
-    )
-    groups = c.integer("num_kv_heads", heads)
+    grouped, parallel = c.flag("new_decoder_architecture", False), c.flag("parallel_attn", True)
+    single, groups = c.flag("multi_query", True), c.integer("num_kv_heads", heads)
     if grouped and not parallel:
         raise c.error("parallel_attn", parallel, "True where new_decoder_architecture is")
     norms_before = c.integer("num_ln_in_parallel_attn", 2 if grouped else 1)
-    turn = None if alibi else fam.rope(c, size)
-    bias = c.flag("bias", False)
     return fam.gpt_config(
         c,
-        width=width,
-        heads="num_attention_heads",
-        layers="num_hidden_layers",
-        rope=turn,
+        **fam.LLAMA_KEYS | {"width": width},
+        rope=None if alibi else fam.rope(c, size),
         num_kv_heads=groups if grouped else 1 if single else heads,
         d_ff=c.integer("ffn_hidden_size", 4 * c.integer(width)),
         context_length=c.integer("max_position_embeddings", 2048),
@@ -33,7 +25,7 @@ def read_falcon(c: Keys) -> ModelConfig:
         parallel=parallel,
         shared_norm=parallel and norms_before == 1,
         activation=c.choice("activation", fam.ACTIVATIONS, "gelu"),
-        **fam.biases(bias),
+        **fam.biases(c.flag("bias", False)),
     )
 
 

@@ -1,13 +1,13 @@
-"""Gemma 1 to 3: norms that store w - 1; from 2 on, norms around each branch and local layers between global ones."""
+"""Gemma (norms that store w - 1) and Gemma 2 (norms around each branch, windows on every other layer, soft caps)."""
 
 from typing import Any
 
 from jaxformers.families import common as fam
 from jaxformers.families.keys import Keys
-from jaxformers.models.config import LayerKind, ModelConfig, Rope
+from jaxformers.models.config import ModelConfig
 
 
-def _gemma1(c: Keys, **values: Any) -> ModelConfig:
+def _gemma(c: Keys, **values: Any) -> ModelConfig:
     bias = c.flag("attention_bias", False)
     return fam.llama_config(
         c,
@@ -21,18 +21,18 @@ def _gemma1(c: Keys, **values: Any) -> ModelConfig:
 
 
 def read_gemma(c: Keys) -> ModelConfig:
-    c.expect("hidden_activation", "gelu_pytorch_tanh")
+    c.expect(hidden_activation="gelu_pytorch_tanh")
     # The first files say gelu and were trained with its approximation.
     kinds = {"gelu": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
     activation, size = c.choice("hidden_act", kinds, "gelu_pytorch_tanh"), fam.head_dim(c, 256)
-    layers, kv_heads = fam.uniform_layers(c, rope=fam.rope(c, size)), c.integer("num_key_value_heads", 16)
-    return _gemma1(c, layers=layers, activation=activation, head_dim=size, num_kv_heads=kv_heads)
+    kv_heads = c.integer("num_key_value_heads", 16)
+    return _gemma(c, activation=activation, head_dim=size, num_kv_heads=kv_heads)
 
 
-def _gemma(c: Keys, **values: Any) -> ModelConfig:
+def gemma2_config(c: Keys, **values: Any) -> ModelConfig:
     # Older files name the activation under `hidden_act` too, and `hidden_activation` wins.
-    c.expect("hidden_act", "gelu", "gelu_pytorch_tanh")
-    return _gemma1(
+    c.expect(hidden_act=("gelu", "gelu_pytorch_tanh"))
+    return _gemma(
         c,
         post_norm=True,
         activation=c.choice("hidden_activation", fam.ACTIVATIONS, "gelu_pytorch_tanh"),
@@ -42,43 +42,18 @@ def _gemma(c: Keys, **values: Any) -> ModelConfig:
 
 
 def read_gemma2(c: Keys) -> ModelConfig:
-    types = fam.layer_types(c, lambda i: "full_attention" if i % 2 else "sliding_attention")
-    window, turn = c.integer("sliding_window", 4096, null=None), fam.rope(c, c.integer("head_dim", 256))
-    layers = tuple(LayerKind(window=window if t == "sliding_attention" else None, rope=turn) for t in types)
-    return _gemma(
+    size, window = c.integer("head_dim", 256), c.integer("sliding_window", 4096, null=None)
+    return gemma2_config(
         c,
-        layers=layers,
-        head_dim=c.integer("head_dim", 256),
+        layers=fam.typed_layers(c, fam.full_every(2), window, fam.rope(c, size)),
+        head_dim=size,
         attn_softcap=c.number("attn_logit_softcapping", 50.0, null=None),
         logit_softcap=c.number("final_logit_softcapping", 30.0, null=None),
     )
 
 
-def read_gemma3(c: Keys) -> ModelConfig:
-    pattern = c.integer("sliding_window_pattern", c.integer("_sliding_window_pattern", 6))
-    types = fam.layer_types(c, lambda i: "sliding_attention" if (i + 1) % pattern else "full_attention")
-    dim, window = c.integer("head_dim", 256), c.integer("sliding_window", 4096, null=None)
-    kinds = {
-        "sliding_attention": LayerKind(window=window, rope=_local_rope(c, dim)),
-        "full_attention": LayerKind(rope=fam.rope(c, dim, layer_type="full_attention", theta=1e6)),
-    }
-    softcaps = c.number("attn_logit_softcapping", None), c.number("final_logit_softcapping", None)
-    layers = tuple(kinds[t] for t in types)
-    return _gemma(c, layers=layers, qk_norm="head", attn_softcap=softcaps[0], logit_softcap=softcaps[1], head_dim=dim)
-
-
-def _local_rope(c: Keys, dim: int) -> Rope:
-    """The local layers' rope: unscaled, with a base of its own, under a key of its own in older files."""
-    base = c.number("rope_local_base_freq", 10_000.0)
-    return fam.rope(c, dim, layer_type="sliding_attention") if c.table("rope_parameters", None) else Rope(dim, base)
-
-
-def gemma_names(_cfg: ModelConfig) -> fam.Names:
+def gemma2_names(_cfg: ModelConfig) -> fam.Names:
     return fam.Names(fam.LLAMA | fam.SANDWICH_NORMS)
 
 
-FAMILIES = {
-    "gemma": fam.Family(read_gemma, fam.llama_names),
-    "gemma2": fam.Family(read_gemma2, gemma_names),
-    "gemma3_text": fam.Family(read_gemma3, gemma_names),
-}
+FAMILIES = {"gemma": fam.Family(read_gemma, fam.llama_names), "gemma2": fam.Family(read_gemma2, gemma2_names)}

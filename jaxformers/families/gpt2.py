@@ -6,10 +6,9 @@ from jaxformers.models.config import ModelConfig
 
 
 def read_gpt2(c: Keys) -> ModelConfig:
-    c.expect("scale_attn_weights", True)
-    c.expect("scale_attn_by_inverse_layer_idx", False)
+    c.expect(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
     positions = c.integer("n_positions", 1024)
-    c.expect("n_ctx", positions)
+    c.expect(n_ctx=positions)
     return fam.gpt_config(
         c,
         d_ff=c.integer("n_inner", 4 * c.integer("n_embd")),

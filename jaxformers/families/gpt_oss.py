@@ -2,18 +2,16 @@
 
 from jaxformers.families import common as fam
 from jaxformers.families.keys import Keys
-from jaxformers.models.config import LayerKind, ModelConfig, MoE
+from jaxformers.models.config import ModelConfig, MoE
 
 
 def read_gpt_oss(c: Keys) -> ModelConfig:
-    c.expect("swiglu_alpha", 1.702)
+    c.expect(swiglu_alpha=1.702)
     if not (c.table("rope_parameters", None) or c.table("rope_scaling", None)):
         raise ValueError("gpt_oss config: the required key 'rope_scaling' (or 'rope_parameters') is missing")
     window, size = c.integer("sliding_window", null=None), fam.head_dim(c, 64)
     turn = fam.rope(c, size, theta=150_000.0)
-    types = fam.layer_types(c, lambda i: "full_attention" if i % 2 else "sliding_attention")
-    layers = tuple(LayerKind(ffn="moe", window=window if t == "sliding_attention" else None, rope=turn) for t in types)
-    c.expect("initial_context_length", getattr(turn.scaling, "original_positions", None))
+    c.expect(initial_context_length=getattr(turn.scaling, "original_positions", None))
     moe = MoE(
         **fam.experts(c, "num_local_experts"),
         d_ff=c.integer("intermediate_size"),
@@ -21,19 +19,18 @@ def read_gpt_oss(c: Keys) -> ModelConfig:
         router_bias=True,
         expert_bias=True,
     )
-    c.expect("experts_per_token", moe.top_k)
-    bias, limit = c.flag("attention_bias", True), c.number("swiglu_limit", 7.0)
-    norm_eps = c.number("rms_norm_eps", 1e-5)
+    c.expect(experts_per_token=moe.top_k)
+    bias = c.flag("attention_bias", True)
     return fam.llama_config(
         c,
-        layers=layers,
+        layers=fam.typed_layers(c, fam.full_every(2), window, turn, ffn="moe"),
         head_dim=size,
         moe=moe,
-        norm_eps=norm_eps,
+        norm_eps=c.number("rms_norm_eps", 1e-5),
         qkv_bias=bias,
         o_bias=bias,
         attn_sinks=True,
-        swiglu_limit=limit,
+        swiglu_limit=c.number("swiglu_limit", 7.0),
     )
 
 

@@ -7,10 +7,9 @@ from jaxformers.families.keys import Keys
 from jaxformers.models.config import ModelConfig, MoE
 
 
-def _hunyuan(c: Keys, ffn: str, **values: Any) -> ModelConfig:
+def _hunyuan(c: Keys, **values: Any) -> ModelConfig:
     return fam.llama_config(
         c,
-        layers=fam.uniform_layers(c, ffn=ffn, rope=fam.rope(c, fam.head_dim(c))),
         **fam.llama_attention(c),
         norm_eps=c.number("rms_norm_eps", 1e-5),
         qk_norm="head",
@@ -20,10 +19,9 @@ def _hunyuan(c: Keys, ffn: str, **values: Any) -> ModelConfig:
 
 
 def read_hunyuan_moe(c: Keys) -> ModelConfig:
-    count, top_k, width = c.integer("num_experts"), c.integer("moe_topk"), c.integer("intermediate_size")
-    if top_k > count:
-        raise c.error("moe_topk", top_k, f"at most num_experts ({count})")
-    return _hunyuan(c, "moe", moe=MoE(num_experts=count, top_k=top_k, d_ff=width, shared_d_ff=width))
+    width = c.integer("intermediate_size")
+    moe = MoE(**fam.experts(c, "num_experts", "moe_topk"), d_ff=width, shared_d_ff=width)
+    return _hunyuan(c, layers=fam.uniform_layers(c, ffn="moe", rope=fam.rope(c, fam.head_dim(c))), moe=moe)
 
 
 def hunyuan_names(_cfg: ModelConfig) -> fam.Names:
@@ -35,6 +33,6 @@ def hunyuan_names(_cfg: ModelConfig) -> fam.Names:
 
 
 FAMILIES = {
-    "hunyuan_v1_dense": fam.Family(lambda c: _hunyuan(c, "dense"), hunyuan_names),
+    "hunyuan_v1_dense": fam.Family(_hunyuan, hunyuan_names),
     "hunyuan_v1_moe": fam.Family(read_hunyuan_moe, hunyuan_names),
 }

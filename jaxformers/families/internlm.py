@@ -8,7 +8,7 @@ from jaxformers.models.config import DynamicScaling, ModelConfig, Rope
 
 def read_internlm(c: Keys) -> ModelConfig:
     heads, bias = c.integer("num_attention_heads"), c.flag("bias", True)
-    c.expect("num_key_value_heads", heads)
+    c.expect(num_key_value_heads=heads)
     layers = fam.uniform_layers(c, rope=_rotary(c))
     return fam.llama_config(c, layers=layers, num_kv_heads=heads, qkv_bias=bias, o_bias=bias)
 
@@ -27,8 +27,7 @@ def _rotary(c: Keys) -> Rope:
 def read_internlm2(c: Keys) -> ModelConfig:
     bias = c.flag("bias", True)
     c.skip("attn_implementation")
-    layers = fam.uniform_layers(c, rope=fam.rope(c, fam.head_dim(c)))
-    return fam.llama_config(c, layers=layers, qkv_bias=bias, o_bias=bias)
+    return fam.llama_config(c, qkv_bias=bias, o_bias=bias)
 
 
 def internlm2_names(cfg: ModelConfig) -> fam.Names:

@@ -10,12 +10,10 @@ def read_internlm3(c: Keys) -> ModelConfig:
     mlp_bias = c.flag("mlp_bias", c.flag("bias", False))
     if bias != mlp_bias:
         raise c.error("attention_bias (qkv_bias)", bias, f"the same as mlp_bias (bias), {mlp_bias}")
-    size = fam.head_dim(c, 128)
     return fam.llama_config(
         c,
-        layers=fam.uniform_layers(c, rope=fam.rope(c, size)),
         num_kv_heads=c.integer("num_key_value_heads", 2, null=c.integer("num_attention_heads")),
-        head_dim=size,
+        head_dim=fam.head_dim(c, 128),
         norm_eps=c.number("rms_norm_eps", 1e-5),
         qkv_bias=bias,
         o_bias=bias,

@@ -75,12 +75,15 @@ class Keys:
             raise self.error(key, value, f"one of {', '.join(sorted(table))}")
         return table[value]
 
-    def expect(self, key: str, *allowed: Any) -> None:
-        """Refuses any value of `key` but these, which are all that is implemented. Absent and null are fine."""
-        self._read.add(key)
-        value = self.values.get(key)
-        if value is not None and value not in allowed:
-            raise self.error(key, value, " or ".join(repr(a) for a in allowed))
+    def expect(self, **only: Any) -> None:
+        """Refuses any value of these keys but the one (or those in a tuple) that is implemented. Absent and null are
+        fine."""
+        self._read.update(only)
+        for key, implemented in only.items():
+            allowed = implemented if isinstance(implemented, tuple) else (implemented,)
+            value = self.values.get(key)
+            if value is not None and value not in allowed:
+                raise self.error(key, value, " or ".join(repr(a) for a in allowed))
 
     def skip(self, *keys: str) -> None:
         """Marks keys of this family that change nothing of what is computed."""

@@ -8,15 +8,8 @@ from jaxformers.models.config import ModelConfig, MoE
 def read_minimax_m2(c: Keys) -> ModelConfig:
     size = fam.head_dim(c, 128)
     rotated = c.integer("rotary_dim", size)
-    for key, only in (
-        ("scoring_func", "sigmoid"),
-        ("use_qk_norm", True),
-        ("qk_norm_type", "per_layer"),
-        ("use_routing_bias", True),
-        ("shared_intermediate_size", 0),
-        ("attn_type_list", [1] * c.integer("num_hidden_layers")),
-    ):
-        c.expect(key, only)
+    c.expect(scoring_func="sigmoid", use_qk_norm=True, qk_norm_type="per_layer", use_routing_bias=True)
+    c.expect(shared_intermediate_size=0, attn_type_list=[1] * c.integer("num_hidden_layers"))
     c.skip("use_mtp", "num_mtp_modules", "mtp_transformer_layers")  # of modules behind the decoder
     moe = MoE(
         **fam.experts(c, "num_local_experts"), d_ff=c.integer("intermediate_size"), score="sigmoid", select_bias=True

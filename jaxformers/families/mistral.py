@@ -1,20 +1,13 @@
-"""Mistral (windows), Mixtral (experts) and the two Ministrals (windows on some layers; queries that grow)."""
+"""Mistral (windows) and the two Ministrals (windows on some layers; queries that grow)."""
 
 from jaxformers.families import common as fam
 from jaxformers.families.keys import Keys
-from jaxformers.models.config import ModelConfig, MoE, QueryGrowth
+from jaxformers.models.config import ModelConfig, QueryGrowth
 
 
 def read_mistral(c: Keys) -> ModelConfig:
     window = c.integer("sliding_window", 4096, null=None)
     return fam.llama_config(c, layers=fam.uniform_layers(c, window=window, rope=fam.rope(c, fam.head_dim(c))))
-
-
-def read_mixtral(c: Keys) -> ModelConfig:
-    window = c.integer("sliding_window", None)
-    layers = fam.uniform_layers(c, ffn="moe", window=window, rope=fam.rope(c, fam.head_dim(c), theta=1e6))
-    moe = MoE(**fam.experts(c, "num_local_experts"), d_ff=c.integer("intermediate_size"))
-    return fam.llama_config(c, layers=layers, moe=moe, norm_eps=c.number("rms_norm_eps", 1e-5))
 
 
 def read_ministral(c: Keys) -> ModelConfig:
@@ -43,7 +36,6 @@ def read_ministral3(c: Keys) -> ModelConfig:
 
 FAMILIES = {
     "mistral": fam.Family(read_mistral, fam.llama_names),
-    "mixtral": fam.Family(read_mixtral, lambda _cfg: fam.Names(fam.LLAMA, moe=fam.MIXTRAL_EXPERTS)),
     "ministral": fam.Family(read_ministral, fam.llama_names),
     "ministral3": fam.Family(read_ministral3, fam.llama_names),
 }

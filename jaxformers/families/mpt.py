@@ -6,21 +6,11 @@ from jaxformers.models.config import ModelConfig
 
 
 def read_mpt(c: Keys) -> ModelConfig:
-    c.expect("expansion_ratio", 4)
-    c.expect("no_bias", True)
-    c.expect("embedding_fraction", 1.0)
-    c.expect("norm_type", "low_precision_layernorm")
+    c.expect(expansion_ratio=4, no_bias=True, embedding_fraction=1.0, norm_type="low_precision_layernorm")
     # Of no effect in the reference implementation.
     c.skip("learned_pos_emb", "logit_scale", "use_pad_tok_in_ffn", "init_config", "ffn_config", "verbose")
     a = Keys({**c.table("attn_config", {}), "model_type": "mpt attn_config"})
-    for key, only in (
-        ("attn_type", "multihead_attention"),
-        ("prefix_lm", False),
-        ("qk_ln", False),
-        ("alibi", True),
-        ("alibi_bias_max", 8),
-    ):
-        a.expect(key, only)
+    a.expect(attn_type="multihead_attention", prefix_lm=False, qk_ln=False, alibi=True, alibi_bias_max=8)
     a.skip("attn_pdrop", "attn_impl", "attn_uses_sequence_id")
     clip, scale = a.number("clip_qkv", None), a.number("softmax_scale", None)
     a.finish()

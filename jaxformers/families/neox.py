@@ -1,8 +1,8 @@
-"""GPT-NeoX and Pythia (parallel branches, fused projections) and GPT-J (one norm for both, interleaved rope)."""
+"""GPT-NeoX and Pythia: parallel branches, fused projections."""
 
 from jaxformers.families import common as fam
 from jaxformers.families.keys import Keys
-from jaxformers.models.config import ModelConfig, Rope
+from jaxformers.models.config import ModelConfig
 
 
 def read_gpt_neox(c: Keys) -> ModelConfig:
@@ -10,9 +10,7 @@ def read_gpt_neox(c: Keys) -> ModelConfig:
     turn = fam.rope(c, size, theta=c.number("rotary_emb_base", 1e4), fraction=c.number("rotary_pct", 0.25))
     return fam.gpt_config(
         c,
-        width="hidden_size",
-        heads="num_attention_heads",
-        layers="num_hidden_layers",
+        **fam.LLAMA_KEYS,
         rope=turn,
         d_ff=c.integer("intermediate_size"),
         context_length=c.integer("max_position_embeddings"),
@@ -43,27 +41,4 @@ def gpt_neox_names(cfg: ModelConfig) -> fam.Names:
     return fam.Names(table, ignored=(r"\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)$",))
 
 
-def read_gptj(c: Keys) -> ModelConfig:
-    size = fam.even_heads(c, "n_embd", "n_head")
-    return fam.gpt_config(
-        c,
-        rope=Rope(c.integer("rotary_dim", 64, null=size), interleaved=True),
-        d_ff=c.integer("n_inner", 4 * c.integer("n_embd")),
-        context_length=c.integer("n_positions", 2048),
-        tie_embeddings=c.flag("tie_word_embeddings", False),
-        parallel=True,
-        shared_norm=True,
-        activation=c.choice("activation_function", fam.ACTIVATIONS, "gelu_new"),
-        mlp_bias=True,
-        lm_head_bias=True,
-    )
-
-
-def gptj_names(_cfg: ModelConfig) -> fam.Names:
-    layer = fam.GPT_LAYER
-    attention = fam.linears("attn.", o=f"{layer}attn.out_proj", **{x: f"{layer}attn.{x}_proj" for x in "qkv"})
-    ffn = fam.linears("ffn.", up=f"{layer}mlp.fc_in", down=f"{layer}mlp.fc_out")
-    return fam.Names(fam.GPT | attention | ffn, ignored=(r"\.attn\.(masked_)?bias$",))
-
-
-FAMILIES = {"gpt_neox": fam.Family(read_gpt_neox, gpt_neox_names), "gptj": fam.Family(read_gptj, gptj_names)}
+FAMILIES = {"gpt_neox": fam.Family(read_gpt_neox, gpt_neox_names)}

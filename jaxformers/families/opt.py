@@ -6,20 +6,12 @@ from jaxformers.models.config import ModelConfig
 
 
 def read_opt(c: Keys) -> ModelConfig:
-    for key, only in (
-        ("do_layer_norm_before", True),
-        ("_remove_final_layer_norm", False),
-        ("enable_bias", True),
-        ("layer_norm_elementwise_affine", True),
-        ("word_embed_proj_dim", c.integer("hidden_size")),
-    ):
-        c.expect(key, only)
+    c.expect(do_layer_norm_before=True, _remove_final_layer_norm=False, layer_norm_elementwise_affine=True)
+    c.expect(enable_bias=True, word_embed_proj_dim=c.integer("hidden_size"))
     positions = c.integer("max_position_embeddings", 2048)
     return fam.gpt_config(
         c,
-        width="hidden_size",
-        heads="num_attention_heads",
-        layers="num_hidden_layers",
+        **fam.LLAMA_KEYS,
         d_ff=c.integer("ffn_dim"),
         context_length=positions,
         learned_positions=positions + 2,

@@ -9,7 +9,7 @@ from jaxformers.models.config import LayerKind, ModelConfig
 
 
 def read_pangu(c: Keys) -> ModelConfig:
-    c.expect("scale_attn_weights", True)
+    c.expect(scale_attn_weights=True)
     positions, layers = c.integer("max_position_embeddings"), c.integer("num_layers", minimum=2)
     cfg = fam.gpt_config(
         c,

@@ -11,9 +11,7 @@ from jaxformers.models.config import ModelConfig, Rope
 
 
 def read_qwen(c: Keys) -> ModelConfig:
-    c.expect("scale_attn_weights", True)
-    c.expect("rotary_pct", 1.0)
-    c.expect("tie_word_embeddings", False)
+    c.expect(scale_attn_weights=True, rotary_pct=1.0, tie_word_embeddings=False)
     c.skip("attn_dropout_prob", "emb_dropout_prob", "bf16", "fp16", "fp32", "onnx_safe", "softmax_in_fp32")
     c.skip("use_flash_attn", "use_cache_quantization", "use_cache_kernel", "tokenizer_type")
     c.skip("max_position_embeddings", "use_dynamic_ntk", "use_logn_attn")
@@ -23,9 +21,7 @@ def read_qwen(c: Keys) -> ModelConfig:
     bias = not c.flag("no_bias", True)
     return fam.gpt_config(
         c,
-        width="hidden_size",
-        heads="num_attention_heads",
-        layers="num_hidden_layers",
+        **fam.LLAMA_KEYS,
         rope=Rope(size, c.number("rotary_emb_base", 10_000.0)),
         d_ff=c.integer("intermediate_size") // 2,  # the published width counts gate and up together
         gated=True,

@@ -6,7 +6,7 @@ from jaxformers.models.config import ModelConfig
 
 
 def read_stablelm(c: Keys) -> ModelConfig:
-    c.expect("qk_layernorm", False)
+    c.expect(qk_layernorm=False)
     parallel = c.flag("use_parallel_residual", False)
     return fam.llama_config(
         c,

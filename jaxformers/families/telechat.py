@@ -1,18 +1,14 @@
-"""TeleChat 1 and 2 (Llama under BLOOM's names, key and value of each head side by side) and TeleChat 3, whose dense
-models are Llama's and whose sparse ones are DeepSeek-V3's under other type names."""
+"""TeleChat 1 and 2: Llama under BLOOM's names, key and value of each head side by side."""
 
 import math
 
 from jaxformers.families import common as fam
-from jaxformers.families.deepseek import deepseek_names, read_deepseek_v3
 from jaxformers.families.keys import Keys
-from jaxformers.families.llama import read_llama
 from jaxformers.models.config import ModelConfig, Rope
 
 
 def read_telechat(c: Keys) -> ModelConfig:
-    for key in ("apply_residual_connection_post_layernorm", "embed_layernorm", "semi_causal"):
-        c.expect(key, False)
+    c.expect(apply_residual_connection_post_layernorm=False, embed_layernorm=False, semi_causal=False)
     c.skip("attention_softmax_in_fp32", "bias_dropout_fusion", "masked_softmax_fusion", "flash_attn", "unk_token_id")
     c.skip("skip_bias_add", "skip_bias_add_qkv", "slow_but_exact", "pretraining_tp", "offset_alibi", "n_inner")
     c.skip("seq_length", "logn")  # how far a text may go past the trained length, and what would help it there
@@ -56,14 +52,5 @@ def telechat_names(cfg: ModelConfig) -> fam.Names:
     return fam.Names(table)
 
 
-def read_telechat3(c: Keys) -> ModelConfig:
-    """Sparse where the file speaks of latent attention, or dense."""
-    return read_deepseek_v3(c) if "kv_lora_rank" in c.values else read_llama(c)
-
-
-def telechat3_names(cfg: ModelConfig) -> fam.Names:
-    return deepseek_names(cfg) if cfg.mla else fam.llama_names(cfg)
-
-
-_FIRST, _THIRD = fam.Family(read_telechat, telechat_names), fam.Family(read_telechat3, telechat3_names)
-FAMILIES = {"telechat": _FIRST, "telechat2": _FIRST, "telechat3": _THIRD, "telechat3_moe": _THIRD}
+FAMILY = fam.Family(read_telechat, telechat_names)
+FAMILIES = {"telechat": FAMILY, "telechat2": FAMILY}

@@ -73,7 +73,7 @@ def gguf_config(file: GgufFile) -> ModelConfig:
     values = _common(keys, file) | architecture.read(keys, file)
     for key in IRRELEVANT:
         if key in keys.values:
-            keys.expect(key, keys.values[key])
+            keys.expect(**{key: keys.values[key]})
     keys.finish()
     try:
         return read_config({"architectures": [architecture.class_name], "model_type": architecture.model_type} | values)
@@ -129,13 +129,10 @@ def _common(c: Keys, file: GgufFile) -> dict[str, Any]:
     """The `config.json` keys that every architecture here has."""
     width, heads = c.integer("embedding_length"), c.integer("attention.head_count")
     head_dim = c.integer("attention.key_length", width // heads)
-    c.expect("attention.value_length", head_dim)
-    c.expect("rope.dimension_count", head_dim)
-    c.expect("attention.causal", True)
-    for key in ("expert_count", "expert_used_count"):
-        c.expect(key, 0)
+    c.expect(**{"attention.value_length": head_dim, "rope.dimension_count": head_dim, "attention.causal": True})
+    c.expect(expert_count=0, expert_used_count=0)
     vocabulary = _vocabulary(file, width)
-    c.expect("vocab_size", vocabulary)
+    c.expect(vocab_size=vocabulary)
     layers = c.integer("block_count")
     if layers > len(file.tensors):
         raise c.error("block_count", layers, f"at most the number of tensors, {len(file.tensors)}")
