@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ from jaxformers.train.checkpoint import Checkpointer
 
 DTYPES = ("float32", "bfloat16", "float16")
 TOKENIZER_FOLDER = "tokenizer"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +126,10 @@ def _find_gguf(path: Path) -> FoundModel:
 def _find_run(run: Path, step: int | None) -> FoundModel:
     """A run's checkpoint, the newest one unless a step is named."""
     with Checkpointer(run) as checkpoints:
-        step = checkpoints.latest_step if step is None else step
+        if step is not None:
+            checkpoints.check(step)
+        else:
+            step = checkpoints.newest_good(_log.warning)
         if step is None:
             raise ValueError(f"{run} has no checkpoint yet")
         meta = checkpoints.meta(step)

@@ -148,7 +148,7 @@ def fit(
     with ExitStack() as stack:
         stack.enter_context(jax.set_mesh(setup.mesh))
         checkpoints = stack.enter_context(Checkpointer(run_dir, config.checkpoint))
-        resume_step = _resume_step(config, checkpoints)
+        resume_step = _resume_step(config, checkpoints, console)
         tokenizer = _tokenizer(setup)
         _check_samples(config, setup.cfg, tokenizer)
         meta = _meta(setup, tokenizer)
@@ -159,6 +159,8 @@ def fit(
         feed = _feed(setup, corpus)
         state = _first_state(setup, checkpoints, resume_step, feed.batches, console)
         # Only now is it certain that the run may go on here: what it says of itself is left as it was until then.
+        if resume_step is not None:
+            checkpoints.set_aside(newer_than=resume_step)
         if is_first():
             tokenizer.save(run_dir / TOKENIZER_FOLDER)
             (run_dir / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
@@ -168,14 +170,14 @@ def fit(
     return FitResult(run_dir, model, result.step, result.metrics, result.validation, samples, result.stopped)
 
 
-def _resume_step(config: RunConfig, checkpoints: Checkpointer) -> int | None:
+def _resume_step(config: RunConfig, checkpoints: Checkpointer, console: Console) -> int | None:
     """The step to go on from, None for a fresh start."""
     latest, resume = checkpoints.latest_step, config.checkpoint.resume
     if latest is not None and resume == "never":
         raise ValueError(f"{checkpoints.folder} holds step {latest}; choose another run_dir, or checkpoint.resume=auto")
     if latest is None and resume == "must":
         raise ValueError(f"{checkpoints.folder} holds no checkpoint to resume from")
-    return latest
+    return checkpoints.newest_good(lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True))
 
 
 def _tokenizer(setup: Setup) -> Tokenizer:

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from tiny import assert_bit_equal, run_config, write_corpus
+from tiny import assert_bit_equal, flip, run_config, write_corpus
 
 import jaxformers as jf
 from jaxformers import training
@@ -497,16 +498,30 @@ def test_sample_prompts_that_cannot_be_continued_are_refused_before_the_training
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
-def test_a_damaged_checkpoint_is_an_error_that_names_it(whole, tmp_path):
-    config = again(whole("plain")[0], tmp_path)
+def test_a_damaged_checkpoint_is_named_and_set_aside_and_the_one_before_is_used(whole, tmp_path, capsys):
+    finished, expected = whole("plain")
+    config = again(finished, tmp_path, checkpoint={"every_steps": 4})
     run = jf.fit(config).run_dir
-    for path in (run / "checkpoints" / "8" / "state").rglob("*"):
-        if path.is_file():
-            path.write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"^cannot read the checkpoint .*checkpoints/8: ") as caught:
+    newest = run / "checkpoints" / "8"
+    flip(next(path for path in sorted((newest / "state").rglob("*")) if path.stat().st_size > 1000 and path.is_file()))
+    with pytest.raises(CheckpointError, match=r"^the checkpoint .*/8 is damaged: state/.* has changed$"):
+        jf.load(newest)
+    capsys.readouterr()
+    assert jf.fit(config).step == STEPS
+    said = capsys.readouterr().err
+    assert re.search(r"the checkpoint .*/8 is damaged: state/.* has changed; going back to the one before\n", said)
+    assert "resuming from step 4" in said
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["4", "8", "8.damaged"]
+    assert steps_of(run) == steps_of(expected.run_dir)
+
+
+def test_a_run_without_a_whole_checkpoint_is_refused_and_left_alone(whole, tmp_path):
+    config = again(whole("plain")[0], tmp_path, checkpoint={"every_steps": None})
+    run = jf.fit(config).run_dir
+    (run / "checkpoints" / "8" / "checksums.json").unlink()
+    with pytest.raises(CheckpointError, match=r"^no checkpoint in .*checkpoints can be used: the files of all are dam"):
         jf.fit(config)
-    assert "\n" not in str(caught.value)
-    assert len(str(caught.value)) < 600
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["8"]
 
 
 # -- a disk that is full

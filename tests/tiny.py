@@ -131,3 +131,10 @@ def run_config(folder: Path, **sections: Any) -> dict[str, Any]:
         mergeable = isinstance(section, dict) and isinstance(values.get(name), dict)
         values[name] = values[name] | section if mergeable else section
     return values
+
+
+def flip(path: Path, bit: int = 999) -> None:
+    """One bit of a file changes, as it does on a bad disk."""
+    content = bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)

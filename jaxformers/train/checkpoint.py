@@ -2,34 +2,43 @@
 
     RUN/checkpoints/STEP/{state, data, meta}
 
-Written in the background, committed by a rename, restored onto any mesh. `meta` is JSON: the model's config.json, the
-resolved run config and what else the caller wants checked at a resume.
+Written in the background, committed with checksums by a rename, restored onto any mesh. `meta` is JSON: the model's
+config.json, the resolved run config and what else the caller wants checked at a resume.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import re
 import shutil
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import grain
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint import args as ocp_args
 
 from jaxformers.models.params import Params
-from jaxformers.parallel.distributed import agree
+from jaxformers.parallel.distributed import agree, is_first
 from jaxformers.train.config import CheckpointConfig
+from jaxformers.train.integrity import find_damage, write_checksums
 from jaxformers.train.state import TrainState
 
 FOLDER = "checkpoints"
 SPARE_BYTES = 2**20  # beside a checkpoint's arrays: metadata, and what the run writes meanwhile
+_UNFINISHED = ".unfinished-"  # begins the names of checkpoints that are being written or removed
+_SAVE_SECONDS = 3600  # for the processes of a run to write one checkpoint
+_NAMED = 4  # damaged files in an error before it says how many more there are
+_NOTHING, _ALL_DAMAGED = -1, -2
 
 
 class CheckpointError(ValueError):
@@ -39,6 +48,7 @@ class CheckpointError(ValueError):
 class Checkpointer:
     """Saves and restores one run's checkpoints. As a context manager it waits for the last save on the way out.
 
+    A checkpoint appears under its step number by a rename, complete and with checksums of its files, or not at all.
     Without a config it only reads, and leaves alone what another process may be writing.
     """
 
@@ -47,19 +57,23 @@ class Checkpointer:
         logging.getLogger("absl").setLevel(logging.CRITICAL + 1)
         self.folder = Path(run_dir).absolute() / FOLDER
         self._config = config or CheckpointConfig(every_steps=None)
-        options = (
-            ocp.CheckpointManagerOptions(read_only=True)
-            if config is None
-            else ocp.CheckpointManagerOptions(
-                max_to_keep=config.keep_last, keep_period=config.keep_every, cleanup_tmp_directories=True
-            )
-        )
+        self._saved_at = time.monotonic()
+        self._sealing: threading.Thread | None = None
+        self._writing: int | None = None
+        self._failure: Exception | None = None
+        if config is not None and is_first():
+            self._make_folder()
+        options = ocp.AsyncOptions(timeout_secs=_SAVE_SECONDS)
+        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
+
+    def _make_folder(self) -> None:
+        """The folder, without what saves left behind that did not live to their end."""
         try:
-            self._manager = ocp.CheckpointManager(self.folder, options=options)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for path in self.folder.glob(f"{_UNFINISHED}*"):
+                shutil.rmtree(path)
         except OSError as error:
             raise CheckpointError(f"cannot use {self.folder}: {error.strerror or error}") from None
-        self._saved_at = time.monotonic()
-        self._writing: int | None = None
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -68,12 +82,21 @@ class Checkpointer:
         if kind is None:
             self.wait()
         with suppress(Exception):  # the failure that a save in the background may end in; another one is on its way
-            self._manager.close()
+            if self._sealing is not None:
+                self._sealing.join()
+            self._orbax.close()
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, oldest first."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal() and path.is_dir())
 
     @property
     def latest_step(self) -> int | None:
-        """Step of the newest committed checkpoint."""
-        return self._manager.latest_step()
+        """Step of the newest complete checkpoint."""
+        return max(self.steps, default=None)
 
     def is_due(self, step: int) -> bool:
         """Whether the config asks for a checkpoint after this step."""
@@ -88,9 +111,9 @@ class Checkpointer:
         A step that is saved already is left alone. CheckpointError if this or an earlier background save failed.
         """
         step = int(state.step)
+        self.wait()
         if step == self.latest_step:
             return
-        self.wait()
         self._check_room(step, state)
         items = ocp_args.Composite(
             state=ocp_args.StandardSave(state),
@@ -100,17 +123,42 @@ class Checkpointer:
         )
         self._writing = step
         try:
-            self._manager.save(step, args=items, force=True)
+            self._orbax.save(self.folder / f"{_UNFINISHED}{step}", args=items, force=True)
         except Exception as error:
             raise self._cannot_save(_reason(error)) from error
         self._saved_at = time.monotonic()
+        self._sealing = threading.Thread(target=self._seal, args=(step,), name=f"checkpoint {step}")
+        self._sealing.start()
+
+    def _seal(self, step: int) -> None:
+        """Behind the writing, in a thread: checksums, the final name, and older checkpoints' end."""
+        try:
+            self._orbax.wait_until_finished()
+            if is_first():
+                unfinished = self.folder / f"{_UNFINISHED}{step}"
+                write_checksums(unfinished)
+                os.replace(unfinished, self.folder / str(step))
+                _sync(self.folder)
+                for old in to_remove(self.steps, keep_last=self._config.keep_last, keep_every=self._config.keep_every):
+                    self._remove(old)
+        except Exception as error:
+            self._failure = error
+
+    def _remove(self, step: int) -> None:
+        """Takes the final name away first: half a checkpoint is never seen under it."""
+        leaving = self.folder / f"{_UNFINISHED}removed-{step}"
+        os.replace(self.folder / str(step), leaving)
+        shutil.rmtree(leaving)
 
     def wait(self) -> None:
         """Returns when nothing is being written any more. CheckpointError if a background save failed."""
-        try:
-            self._manager.wait_until_finished()
-        except Exception as error:
-            raise self._cannot_save(_reason(error)) from error
+        if self._sealing is None:
+            return
+        self._sealing.join()
+        self._sealing, failure, self._failure = None, self._failure, None
+        if failure is not None:
+            raise self._cannot_save(_reason(failure)) from failure
+        agree(False)  # other processes look at the folder only after the first one has named the checkpoint
 
     def _check_room(self, step: int, state: TrainState) -> None:
         """Refuses a save that the disk has no room for, before half of it is written."""
@@ -125,6 +173,48 @@ class Checkpointer:
         latest = self.latest_step
         kept = "there is none yet" if latest is None else f"the newest complete one is step {latest}"
         return CheckpointError(f"cannot save step {self._writing} in {self.folder} ({kept}): {reason}")
+
+    def newest_good(self, say: Callable[[str], None]) -> int | None:
+        """Step of the newest checkpoint whose files are as they were written, None where there is none at all.
+
+        `say` hears of every damaged one that is passed over. A run that writes sets those aside, as STEP.damaged.
+        CheckpointError where all are damaged.
+        """
+        found = self._newest_good(say) if is_first() else None
+        if jax.process_count() > 1:
+            found = _from_first(found)
+        if found == _ALL_DAMAGED:
+            raise CheckpointError(f"no checkpoint in {self.folder} can be used: the files of all are damaged")
+        return found
+
+    def _newest_good(self, say: Callable[[str], None]) -> int | None:
+        steps = self.steps
+        for step in reversed(steps):
+            damage = find_damage(self.folder / str(step)) if self._config.verify else []
+            if not damage:
+                return step
+            say(f"{self._describe(step, damage)}; going back to the one before")
+        return _ALL_DAMAGED if steps else None
+
+    def check(self, step: int) -> None:
+        """CheckpointError naming what is wrong with the files of a step."""
+        if damage := find_damage(self.folder / str(step)):
+            raise CheckpointError(self._describe(step, damage))
+
+    def set_aside(self, newer_than: int) -> None:
+        """Renames the checkpoints behind a step, which are damaged, so that their steps can be saved again."""
+        for step in self.steps if is_first() else []:
+            if step > newer_than:
+                name = next(n for i in itertools.count() if not (n := self._damaged_name(step, i)).exists())
+                os.replace(self.folder / str(step), name)
+        agree(False)
+
+    def _damaged_name(self, step: int, count: int) -> Path:
+        return self.folder / (f"{step}.damaged" + (f".{count}" if count else ""))
+
+    def _describe(self, step: int, damage: Sequence[str]) -> str:
+        more = f" and {len(damage) - _NAMED} more" if len(damage) > _NAMED else ""
+        return f"the checkpoint {self.folder / str(step)} is damaged: {', '.join(damage[:_NAMED])}{more}"
 
     def meta(self, step: int) -> dict[str, Any]:
         """The metadata saved with a step."""
@@ -145,10 +235,34 @@ class Checkpointer:
         return self._restore(step, ocp_args.Composite(state=item)).state[name]
 
     def _restore(self, step: int, items: ocp_args.Composite) -> Any:
+        path = self.folder / str(step)
+        if not path.is_dir():
+            raise CheckpointError(f"{path} does not exist; there are {', '.join(map(str, self.steps)) or 'none'}")
         try:
-            return self._manager.restore(step, args=items)
+            return self._orbax.restore(path, args=items)
         except Exception as error:
-            raise CheckpointError(f"cannot read the checkpoint {self.folder / str(step)}: {_reason(error)}") from error
+            raise CheckpointError(f"cannot read the checkpoint {path}: {_reason(error)}") from error
+
+
+def to_remove(steps: Sequence[int], *, keep_last: int, keep_every: int | None) -> list[int]:
+    """The steps (oldest first) that retention does not keep: neither among the newest nor divisible by `keep_every`."""
+    return [step for step in steps[:-keep_last] if keep_every is None or step % keep_every]
+
+
+def _sync(folder: Path) -> None:
+    """Makes a rename in the folder survive a power cut, where the system lets folders be opened."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _from_first(step: int | None) -> int | None:
+    """What the first process says."""
+    sent = int(multihost_utils.broadcast_one_to_all(np.int64(_NOTHING if step is None else step)))
+    return None if sent == _NOTHING else sent
 
 
 def _reason(error: Exception) -> str:

@@ -166,6 +166,10 @@ class CheckpointConfig(BaseModel):
     every_minutes: float | None = Field(None, gt=0, description="Minutes between checkpoints.")
     keep_last: int = Field(3, ge=1, description="Newest checkpoints kept.")
     keep_every: int | None = Field(None, ge=1, description="Checkpoints of steps divisible by this are never deleted.")
+    verify: bool = Field(
+        True,
+        description="Whether a resume compares files with their checksums and passes a damaged checkpoint over.",
+    )
     resume: Literal["auto", "never", "must"] = Field(
         "auto",
         description="auto: go on from the newest checkpoint, if any; never: refuse a run that has one; "

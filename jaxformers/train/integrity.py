@@ -1,0 +1,95 @@
+"""Checksums of a folder of files: written into it once it is complete, and compared before it is read.
+
+A flipped bit, a short, missing, foreign or exchanged file is found and named. The checksums tell damage, not malice.
+Knows nothing of what the files hold.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+CHECKSUMS = "checksums.json"
+_ALGORITHM = "xxh3_128"
+_BLOCK_BYTES = 1 << 22
+_THREADS = 4
+
+
+def write_checksums(folder: Path) -> None:
+    """Writes `checksums.json`: size and XXH3-128 of every file below `folder`, and one of that list itself.
+
+    The file appears complete or not at all. OSError where something cannot be read or written.
+    """
+    files = _measured(folder, _files_below(folder))
+    content = {"algorithm": _ALGORITHM, "files": files, "list": _list_checksum(files)}
+    temporary = folder / f".{CHECKSUMS}.{os.getpid()}"
+    with temporary.open("w", encoding="utf-8") as out:
+        json.dump(content, out, indent=1)
+        out.flush()
+        os.fsync(out.fileno())
+    os.replace(temporary, folder / CHECKSUMS)
+
+
+def find_damage(folder: Path) -> list[str]:
+    """What is wrong with the files of a folder, each named in a few words; empty where all is as it was written."""
+    try:
+        expected = _read_list(folder / CHECKSUMS)
+    except FileNotFoundError:
+        return [f"{CHECKSUMS} is missing"]
+    except (OSError, ValueError) as error:
+        return [f"{CHECKSUMS} is damaged ({error})"]
+    present = set(_files_below(folder))
+    damage = [f"{name} is missing" for name in sorted(expected.keys() - present)]
+    damage += [f"{name} does not belong there" for name in sorted(present - expected.keys())]
+    sizes = {name: (folder / name).stat().st_size for name in present & expected.keys()}
+    damage += [f"{n} has {s} bytes, not {expected[n][0]}" for n, s in sorted(sizes.items()) if s != expected[n][0]]
+    found = _measured(folder, sorted(name for name, size in sizes.items() if size == expected[name][0]))
+    return damage + [f"{name} has changed" for name, measured in found.items() if measured != expected[name]]
+
+
+def _files_below(folder: Path) -> list[str]:
+    """Names relative to the folder, sorted, without those of the checksums."""
+    files = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+    return sorted(name for name in files if name != CHECKSUMS and not name.startswith(f".{CHECKSUMS}."))
+
+
+def _measured(folder: Path, names: list[str]) -> dict[str, list[Any]]:
+    """[size in bytes, checksum] of each file; an unreadable one has the system's reason as its checksum."""
+    with ThreadPoolExecutor(_THREADS) as threads:
+        return dict(zip(names, threads.map(lambda name: _measure(folder / name), names), strict=True))
+
+
+def _measure(path: Path) -> list[Any]:
+    digest, size = xxhash.xxh3_128(), 0
+    for block in _blocks(path):
+        digest.update(block)
+        size += len(block)
+    return [size, digest.hexdigest()]
+
+
+def _blocks(path: Path) -> Iterator[memoryview]:
+    buffer = memoryview(bytearray(_BLOCK_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            yield buffer[:count]
+
+
+def _list_checksum(files: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def _read_list(path: Path) -> dict[str, list[Any]]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict) or content.keys() != {"algorithm", "files", "list"}:
+        raise ValueError("it has other keys than it was written with")
+    if content["algorithm"] != _ALGORITHM:
+        raise ValueError(f"its algorithm is {content['algorithm']!r}, not {_ALGORITHM}")
+    if not isinstance(content["files"], dict) or content["list"] != _list_checksum(content["files"]):
+        raise ValueError("its list of files has changed")
+    return content["files"]
