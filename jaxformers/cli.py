@@ -264,6 +264,13 @@ def main() -> None:
     try:
         _set_up_unless_help()
         app()
+    except RuntimeError as error:
+        from jaxformers.train.watch import Diverged
+
+        if not isinstance(error, Diverged):
+            raise
+        print(f"jaxformers: {_one_line(error)}", file=sys.stderr)
+        sys.exit(1)
     except (ValueError, OSError) as error:
         if os.environ.get("JAXFORMERS_DEBUG"):
             raise

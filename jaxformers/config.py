@@ -16,6 +16,7 @@ from jaxformers.data.config import DataConfig, TokenizerConfig
 from jaxformers.parallel.mesh import MeshConfig
 from jaxformers.train.config import (
     CheckpointConfig,
+    GuardConfig,
     LossConfig,
     OptimizerConfig,
     RuntimeConfig,
@@ -56,6 +57,7 @@ class RunConfig(BaseModel):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     loss: LossConfig = LossConfig()
+    guard: GuardConfig = GuardConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     sample: SampleConfig = SampleConfig()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -31,6 +31,7 @@ from jaxformers.parallel.distributed import is_first
 from jaxformers.parallel.mesh import batch_sharding, batch_shards, make_mesh
 from jaxformers.train.build import Trainer
 from jaxformers.train.checkpoint import Checkpointer
+from jaxformers.train.guard import after_rollback
 from jaxformers.train.loop import Result, train
 from jaxformers.train.monitor import Display, MetricsFile, TensorBoard, Tracker, Trackers
 from jaxformers.train.state import TrainState
@@ -86,6 +87,7 @@ def prepare_run(config: RunConfig) -> Setup:
         optimizer=config.optimizer,
         schedule=config.schedule,
         loss=config.loss,
+        guard=config.guard,
     )
     trainer.check()
     return Setup(config, trainer, pretrained)
@@ -321,12 +323,25 @@ def _run(
             place=lambda batch: to_global(batch, setup.mesh, feed.spec, columns=setup.trainer.column_order),
             checkpointer=checkpoints,
             meta=meta,
+            guard=config.guard,
+            go_back=lambda now: _go_back(setup, checkpoints, now, display.say),
             trackers=trackers,
             display=display,
         )
     finally:
         trackers.close()
         display.close()
+
+
+def _go_back(setup: Setup, checkpoints: Checkpointer, now: TrainState, say: Callable[[str], None]) -> TrainState | None:
+    """The newest checkpoint's state at the step of the given one: the steps between count as left out."""
+    checkpoints.wait()
+    step = checkpoints.newest_good(say)
+    if step is None:
+        return None
+    state = setup.trainer.from_plain(checkpoints.restore(step, setup.trainer.plain_state, None))
+    guard = after_rollback(now.guard, state.guard, steps=int(now.step) - step)
+    return state.replace(step=now.step, guard=guard)
 
 
 def _samples(model: Model, config: RunConfig) -> list[str]:

@@ -35,7 +35,14 @@ from jaxformers.parallel.mesh import (
 )
 from jaxformers.parallel.pipeline import Pipeline, plan_pipeline
 from jaxformers.train.balance import check_expert_bias, shift_expert_biases
-from jaxformers.train.config import LossConfig, OptimizerConfig, RuntimeConfig, ScheduleConfig, TrainConfig
+from jaxformers.train.config import (
+    GuardConfig,
+    LossConfig,
+    OptimizerConfig,
+    RuntimeConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
 from jaxformers.train.loop import Program
 from jaxformers.train.losses import chunk_length, eval_sums, lm_loss
 from jaxformers.train.optim import make_optimizer
@@ -90,6 +97,7 @@ class Trainer:
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     loss: LossConfig = LossConfig()
+    guard: GuardConfig = GuardConfig()
 
     def check(self) -> None:
         """ValueError for settings that do not fit each other, before anything is compiled."""
@@ -186,7 +194,8 @@ class Trainer:
         return state_shardings(self._abstract(self._spec, self.tx))
 
     def _abstract(self, spec: Params, tx: optax.GradientTransformation) -> TrainState:
-        return abstract_state(spec, tx, self.mesh, ema=self._ema, split_moments=self.runtime.zero > 0)
+        split = self.runtime.zero > 0
+        return abstract_state(spec, tx, self.mesh, guard=self.guard, ema=self._ema, split_moments=split)
 
     def _place_gradient(self, grads: Params) -> Params:
         """Gradients where the parameters are, or split among replicas."""
@@ -204,7 +213,9 @@ class Trainer:
 
         def make(key: jax.Array) -> TrainState:
             init_key, run_key = jax.random.split(key)
-            return new_state(self._inward(init_params(self.cfg, init_key)), self.tx, run_key, ema=self._ema)
+            return new_state(
+                self._inward(init_params(self.cfg, init_key)), self.tx, run_key, guard=self.guard, ema=self._ema
+            )
 
         return jax.jit(make, out_shardings=self._places, compiler_options=RUN_ONCE)(jax.random.key(seed))
 
@@ -212,7 +223,7 @@ class Trainer:
         """A fresh state around float32 parameters given as the plain tree, which are used up."""
 
         def make(params: Params, key: jax.Array) -> TrainState:
-            return new_state(self._inward(params), self.tx, key, ema=self._ema)
+            return new_state(self._inward(params), self.tx, key, guard=self.guard, ema=self._ema)
 
         return jax.jit(make, out_shardings=self._places, donate_argnums=self._donated)(params, jax.random.key(seed))
 
@@ -250,6 +261,7 @@ class Trainer:
             self._with_settings(lm_loss, rows=rows),
             self.tx,
             self.learning_rate,
+            guard=self.guard,
             accumulation=self.train.accumulation,
             clip_norm=self.optimizer.clip_norm,
             ema_decay=self.train.ema_decay,

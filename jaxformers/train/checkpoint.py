@@ -220,11 +220,12 @@ class Checkpointer:
         """The metadata saved with a step."""
         return self._restore(step, ocp_args.Composite(meta=ocp_args.JsonRestore())).meta
 
-    def restore(self, step: int, abstract: TrainState, data: grain.DatasetIterator) -> TrainState:
-        """The state of a step in the shardings of `abstract`; `data`, an iterator, is moved to where it was then."""
+    def restore(self, step: int, abstract: TrainState, data: grain.DatasetIterator | None) -> TrainState:
+        """The state of a step in the shardings of `abstract`; `data`, if given, is moved to where it was then."""
         items = ocp_args.Composite(state=ocp_args.StandardRestore(abstract), data=ocp_args.JsonRestore())
         restored = self._restore(step, items)
-        data.set_state(restored.data)
+        if data is not None:
+            data.set_state(restored.data)
         return restored.state
 
     def restore_params(self, step: int, abstract: Params, *, ema: bool = False) -> Params:

@@ -155,6 +155,28 @@ class TrainConfig(BaseModel):
         return self
 
 
+class GuardConfig(BaseModel):
+    """What happens to updates that would do harm."""
+
+    model_config = STRICT
+
+    nonfinite: Literal["skip", "stop"] = Field(
+        "skip", description="An update from a loss or gradient that is not finite: is left out, or ends the run."
+    )
+    spike: Literal["off", "warn", "skip", "rollback"] = Field(
+        "off",
+        description="A loss far above the last ones: nothing, a line, the update is left out, or the run goes back to "
+        "its newest checkpoint and leaves out the data from there to here.",
+    )
+    spike_deviations: float = Field(
+        8.0, gt=0, description="How far above the median of the last losses is far, in their deviations (MAD x 1.4826)."
+    )
+    spike_window: int = Field(64, ge=8, le=4096, description="How many losses are the last ones.")
+    max_skipped: int = Field(
+        10, ge=1, description="Updates left out in a row before the run stops, its newest checkpoint untouched."
+    )
+
+
 class CheckpointConfig(BaseModel):
     """When checkpoints are written, which are kept, and whether a run goes on from them."""
 

@@ -17,9 +17,10 @@ import jax
 
 from jaxformers.parallel.distributed import agree
 from jaxformers.train.checkpoint import Checkpointer
-from jaxformers.train.config import TrainConfig
+from jaxformers.train.config import GuardConfig, TrainConfig
 from jaxformers.train.monitor import Display, Trackers
 from jaxformers.train.state import TrainState
+from jaxformers.train.watch import Watch
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -61,17 +62,30 @@ def train(
     place: Callable[[Any], Any],
     checkpointer: Checkpointer,
     meta: dict[str, Any],
+    guard: GuardConfig,
+    go_back: Callable[[TrainState], TrainState | None],
     trackers: Trackers,
     display: Display,
 ) -> Result:
     """Takes steps until `config.steps`, a stop signal, or the end of the data; saves the last state either way.
 
-    `place` puts a host batch on the mesh. On SIGTERM or SIGINT the step in progress is finished and saved.
-    CheckpointError if a save fails.
+    `place` puts a host batch on the mesh. `go_back(state)` gives the newest checkpoint's state at the step of the given
+    one; None where there is no checkpoint. On SIGTERM or SIGINT the step in progress is finished and saved.
+    CheckpointError if a save fails; Diverged where guards end the run.
     """
     step = int(state.step)
     validation_metrics: dict[str, float] = {}
     reporter = Reporter(program, config.steps, place, trackers, display)
+    watch = Watch(guard, state.guard, display.say)
+
+    def follow(state: TrainState) -> TrainState:
+        """Hands on the metrics that are pending, and does what guards ask for."""
+        reported = reporter.report()
+        if reported is None or not watch.look(reported, reporter.metrics):
+            return state
+        with reporter.paused():
+            return _gone_back(state, go_back, watch, display)
+
     with catch_stop_signals() as stop:
         while step < config.steps and not _stops(stop, asks=step % config.log_every == 0):
             try:
@@ -82,19 +96,19 @@ def train(
             state, metrics = program.step(state, batch)
             step += 1
             # The metrics of the step before have arrived by now, while this step is computed.
-            reporter.report()
+            state = follow(state)
             if step % config.log_every == 0 or step == config.steps:
                 reporter.pending = (step, metrics)
             evaluates = config.eval_every is not None and step % config.eval_every == 0 and step < config.steps
             saves = checkpointer.is_due(step) and step < config.steps
             if evaluates or saves:
-                reporter.report()
+                state = follow(state)
                 with reporter.paused():
                     if evaluates:
                         reporter.validate(step, state.params, validation)
                     if saves:
                         checkpointer.save(program.to_plain(state), batches, meta)
-        reporter.report()
+        state = follow(state)
         stopped = _stops(stop, asks=True)
         if not stopped:
             validation_metrics = reporter.validate(step, state.params, validation)
@@ -102,6 +116,19 @@ def train(
         checkpointer.save(state, batches, meta)
         checkpointer.wait()
     return Result(state, step, reporter.metrics, validation_metrics, stop.name if stopped else None)
+
+
+def _gone_back(
+    state: TrainState, go_back: Callable[[TrainState], TrainState | None], watch: Watch, display: Display
+) -> TrainState:
+    before = go_back(state)
+    if before is None:
+        display.say("there is no checkpoint yet to go back to")
+        return state
+    lost = int(before.guard.skipped) - int(state.guard.skipped)
+    display.say(f"went back to the newest checkpoint; {lost} more updates are left out")
+    watch.went_back(before.guard)
+    return before
 
 
 def evaluate(program: Program, params: Any, batches: Sequence[Any], place: Callable[[Any], Any]) -> dict[str, float]:
@@ -124,15 +151,16 @@ class Reporter:
         self._trackers, self._display = trackers, display
         self._last, self._last_step = time.perf_counter(), None
 
-    def report(self) -> None:
-        """Waits for the pending step's metrics, if there are any, and hands them on."""
+    def report(self) -> int | None:
+        """Waits for the pending step's metrics and hands them on. The step, None where none is pending."""
         if self.pending is None:
-            return
+            return None
         step, values = self.pending
         self.pending, self.metrics = None, self._measure(step, jax.device_get(values))
         self._trackers.log(step, self.metrics)
         seconds_left = (self._steps - step) * self.metrics["step_seconds"]
         self._display.update(step, self.metrics, seconds_left=seconds_left)
+        return step
 
     def _measure(self, step: int, values: dict[str, Any]) -> dict[str, Any]:
         now = time.perf_counter()

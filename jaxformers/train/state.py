@@ -13,27 +13,39 @@ from jax.sharding import Mesh
 
 from jaxformers.models.params import Params
 from jaxformers.parallel.mesh import RULES, SPLIT_REPLICAS, param_shardings, replicated
+from jaxformers.train.config import GuardConfig
+from jaxformers.train.guard import Guard, new_guard
 
 
 @flax.struct.dataclass
 class TrainState:
-    """step int32 counts the updates made; key is raw PRNG key data; ema is None unless the run keeps an average."""
+    """step int32 counts the batches seen; key is raw PRNG key data; ema is None unless the run keeps an average."""
 
     step: jax.Array
     params: Params
     opt_state: Any
     key: jax.Array
+    guard: Guard
     ema: Params | None = None
 
 
-def new_state(params: Params, tx: optax.GradientTransformation, key: jax.Array, *, ema: bool) -> TrainState:
+def new_state(
+    params: Params, tx: optax.GradientTransformation, key: jax.Array, *, guard: GuardConfig, ema: bool
+) -> TrainState:
     """The state before the first update."""
     average = jax.tree.map(jnp.copy, params) if ema else None
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), jax.random.key_data(key), average)
+    step, key = jnp.zeros((), jnp.int32), jax.random.key_data(key)
+    return TrainState(step, params, tx.init(params), key, new_guard(guard), average)
 
 
 def abstract_state(
-    spec: Params, tx: optax.GradientTransformation, mesh: Mesh, *, ema: bool, split_moments: bool = False
+    spec: Params,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    guard: GuardConfig,
+    ema: bool,
+    split_moments: bool = False,
 ) -> TrainState:
     """The state's shapes, dtypes and shardings, without allocating: what a checkpoint is restored into.
 
@@ -41,13 +53,14 @@ def abstract_state(
     split_moments: replicas of the parameters share one copy of the moments and the average.
     """
     params = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, jnp.float32), spec)
-    shapes = jax.eval_shape(lambda p: new_state(p, tx, jax.random.key(0), ema=ema), params)
+    shapes = jax.eval_shape(lambda p: new_state(p, tx, jax.random.key(0), guard=guard, ema=ema), params)
     placed, whole = param_shardings(spec, mesh), replicated(mesh)
     shared = param_shardings(spec, mesh, SPLIT_REPLICAS if split_moments else RULES)
     moments = optax.tree.map_params(
         tx, lambda _, place: place, shapes.opt_state, shared, transform_non_params=lambda _: whole
     )
-    places = TrainState(whole, placed, moments, whole, shared if ema else None)
+    remembered = jax.tree.map(lambda _: whole, shapes.guard)
+    places = TrainState(whole, placed, moments, whole, remembered, shared if ema else None)
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, places)
 
 

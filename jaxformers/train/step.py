@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import optax
 
 from jaxformers.models.params import Params
+from jaxformers.train.config import GuardConfig
+from jaxformers.train.guard import guarded
 from jaxformers.train.losses import Batch, Sums, Totals
 from jaxformers.train.optim import clip_scale
 from jaxformers.train.state import TrainState
@@ -63,6 +65,7 @@ def make_train_step(
     tx: optax.GradientTransformation,
     schedule: optax.Schedule,
     *,
+    guard: GuardConfig,
     accumulation: int = 1,
     clip_norm: float | None = None,
     ema_decay: float | None = None,
@@ -71,7 +74,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The function (state, batch) -> (state after one update, metrics as float32 scalars).
 
-    schedule is the one `tx` follows, to be reported. grad_norm is the global norm before clipping to `clip_norm`.
+    schedule is the one `tx` follows, to be reported. guard says which updates are left out. grad_norm is the global
+    norm before clipping to `clip_norm`.
     balance(parameters, load [sparse layers, E]) moves, after the optimizer, what it does not: experts' biases.
     place_gradient pins a microbatch's gradient to its place on the mesh.
     """
@@ -85,15 +89,20 @@ def make_train_step(
         grads = jax.tree.map(lambda g: g * scale, grads)
         with jax.numpy_dtype_promotion("standard"):  # optax multiplies floats by its integer step
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
-            rate = jnp.asarray(schedule(state.step), jnp.float32)
+            rate = jnp.asarray(schedule(state.step - state.guard.skipped), jnp.float32)
         params = optax.apply_updates(state.params, updates)
         if balance is not None:
             params = balance(params, sums.load)
         ema = state.ema
         if ema is not None and ema_decay is not None:
             ema = jax.tree.map(lambda e, p: ema_decay * e + (1 - ema_decay) * p, ema, params)
-        state = state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
-        return state, {"objective": value, "grad_norm": norm, "lr": rate, **mean_metrics(sums, Totals.of(batch))}
+        metrics = {"objective": value, "grad_norm": norm, "lr": rate, **mean_metrics(sums, Totals.of(batch))}
+        before, after = (state.params, state.opt_state, state.ema), (params, opt_state, ema)
+        (params, opt_state, ema), kept, guarding = guarded(
+            state.guard, guard, loss=metrics["loss"], norm=norm, before=before, after=after
+        )
+        state = state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema, guard=kept)
+        return state, metrics | guarding
 
     return step
 

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from jaxformers.models.params import ParamSpec
-from jaxformers.train.config import OptimizerConfig
+from jaxformers.train.config import GuardConfig, OptimizerConfig
 from jaxformers.train.losses import Sums, Totals
 from jaxformers.train.optim import decay_mask, make_optimizer
 from jaxformers.train.state import new_state
@@ -48,12 +48,13 @@ def gradient_of(batch):
     return {name: np.tensordot(shares / shares.sum(), batch[name].astype(np.float64), 1) for name in SPEC}
 
 
-def run(batches, *, config=None, schedule=lambda step: LR, ema=None, **settings):
+def run(batches, *, config=None, schedule=lambda step: LR, ema=None, guard=GuardConfig(), **settings):
     """Parameters (and metrics) after each batch."""
     config = config or OptimizerConfig(learning_rate=LR, b1=B1, b2=B2, eps=EPS, weight_decay=DECAY)
     tx = make_optimizer(config, schedule, SPEC)
-    step = jax.jit(make_train_step(linear_loss, tx, schedule, ema_decay=ema, **settings))
-    state = new_state(jax.tree.map(jnp.asarray, draw_params()), tx, jax.random.key(0), ema=ema is not None)
+    step = jax.jit(make_train_step(linear_loss, tx, schedule, ema_decay=ema, guard=guard, **settings))
+    params = jax.tree.map(jnp.asarray, draw_params())
+    state = new_state(params, tx, jax.random.key(0), guard=guard, ema=ema is not None)
     states, metrics = [], []
     for batch in batches:
         state, found = step(state, batch)
@@ -190,3 +191,54 @@ def test_a_batch_without_targets_moves_nothing_but_decay_and_is_no_nan():
 def test_the_global_norm_is_over_every_leaf():
     _, metrics = run([draw_batch()])
     assert float(metrics[0]["grad_norm"]) == pytest.approx(float(optax.tree.norm(gradient_of(draw_batch()))), rel=1e-6)
+
+
+# -- guards
+
+
+def with_loss(batch, loss):
+    """The batch moved along one coefficient so that the loss of the first parameters is about this."""
+    params = draw_params()
+    now = float(linear_loss(params, jax.tree.map(jnp.asarray, batch), Totals.of(batch))[0])
+    change = (loss - now) / params["norm"][0]
+    return batch | {"norm": batch["norm"] + np.float32([change, 0, 0])}
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_an_update_that_is_not_finite_costs_that_update_and_nothing_else(poison):
+    schedule = optax.linear_schedule(0.1, 0.2, 10)
+    good = [draw_batch(seed=seed) for seed in range(4)]
+    bad = good[1] | {"out": good[1]["out"] * np.float32(poison)}
+    clean, _ = run(good, schedule=schedule, ema=0.9)
+    guarded, metrics = run([*good[:2], bad, bad, *good[2:]], schedule=schedule, ema=0.9)
+    for ours, truth in zip([guarded[i] for i in (0, 1, 4, 5)], clean, strict=True):
+        for part in ("params", "opt_state", "ema"):
+            jax.tree.map(np.testing.assert_array_equal, getattr(ours, part), getattr(truth, part))
+    assert [int(state.step) for state in guarded] == [1, 2, 3, 4, 5, 6]
+    assert [int(m["skipped_total"]) for m in metrics] == [0, 0, 1, 2, 2, 2]
+    assert [int(m["skipped_in_a_row"]) for m in metrics] == [0, 0, 1, 2, 0, 0]
+    np.testing.assert_allclose([m["lr"] for m in metrics], [0.1, 0.11, 0.12, 0.12, 0.12, 0.13], rtol=1e-6)
+
+
+@pytest.mark.parametrize("policy", ["warn", "skip", "rollback"])
+def test_a_spike_is_a_loss_far_above_the_median_in_deviations(policy):
+    guard, frozen = (
+        GuardConfig(spike=policy, spike_window=8, spike_deviations=3.0),
+        OptimizerConfig(learning_rate=1e-30),
+    )
+    draw = np.random.default_rng(1)
+    losses = [float(x) for x in draw.normal(5.0, 0.1, 12)]
+    losses[2] = losses[7] = 50.0  # the first comes before there is a median to speak of
+    losses[9] = 1.0  # far below is no spike
+    batches = [with_loss(draw_batch(seed=seed), loss) for seed, loss in enumerate(losses)]
+    _, metrics = run(batches, guard=guard, config=frozen, schedule=lambda step: 1e-30)
+    measured, kept, spikes = [float(m["loss"]) for m in metrics], [], []
+    for loss in measured:
+        last = np.array(kept[-8:])
+        middle = np.median(last) if len(last) >= 4 else np.inf
+        spikes.append(bool(len(last) >= 4 and loss > middle + 3 * 1.4826 * np.median(np.abs(last - middle))))
+        if policy == "warn" or not spikes[-1]:
+            kept.append(loss)
+    assert [i for i in (2, 7, 9) if spikes[i]] == [7]
+    assert np.diff([0] + [int(m["spikes_total"]) for m in metrics]).astype(bool).tolist() == spikes
+    assert int(metrics[-1]["skipped_total"]) == (0 if policy == "warn" else sum(spikes))
