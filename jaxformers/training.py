@@ -72,7 +72,7 @@ def prepare_run(config: RunConfig) -> Setup:
     pretrained = None
     mesh = make_mesh(config.mesh)
     if isinstance(config.model, str) and not is_published(config.model):
-        pretrained = find_model(config.model)
+        pretrained = find_model(config.model, mtp=True)
         cfg = pretrained.config
     else:
         cfg = read_config(config.model)
@@ -115,10 +115,13 @@ def describe_setup(setup: Setup) -> dict[str, str]:
     tokens = config.train.steps * per_step
     sizes = ", ".join(f"{axis}={size}" for axis, size in setup.mesh.shape.items() if size > 1)
     count, active = count_params(cfg), count_params(cfg, active=True)
-    flops = tokens * flops_per_token(cfg, config.data.sequence_length)
+    modules = count_params(cfg, mtp=True) - count
+    flops = tokens * flops_per_token(cfg, config.data.sequence_length, mtp=setup.trainer.runs_mtp)
     return {
         "model": cfg.family,
-        "parameters": f"{count:,}" + (f" ({active:,} active)" if active != count else ""),
+        "parameters": f"{count:,}"
+        + (f" ({active:,} active)" if active != count else "")
+        + (f" + {modules:,} for multi-token prediction" if modules else ""),
         "devices": f"{setup.mesh.size} ({sizes or 'one'})",
         "memory per device": f"{total:.2f} GiB of state + {weights:.2f} GiB of gradients, plus activations",
         "steps": f"{config.train.steps:,} of {per_step:,} tokens, {tokens:,} in all",

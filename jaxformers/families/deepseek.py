@@ -1,4 +1,5 @@
-"""DeepSeek-V2 and V3: latent attention, routing limited to groups of experts; in V3 a bias that only selects."""
+"""DeepSeek-V2 and V3: latent attention, routing limited to groups of experts; in V3 a bias that only selects, and
+multi-token prediction."""
 
 from jaxformers.families import common as fam
 from jaxformers.families.keys import Keys
@@ -10,7 +11,11 @@ def read_deepseek_v3(c: Keys) -> ModelConfig:
     c.expect("topk_method", "noaux_tc")
     c.expect("head_dim", c.integer("qk_rope_head_dim"))
     return _deepseek(
-        c, c.integer("q_lora_rank", null=None), c.flag("rope_interleave", True), deepseek_moe(c, scale=2.5)
+        c,
+        c.integer("q_lora_rank", null=None),
+        c.flag("rope_interleave", True),
+        deepseek_moe(c, scale=2.5),
+        mtp_modules=fam.mtp_modules(c),
     )
 
 
@@ -37,7 +42,7 @@ def read_deepseek_v2(c: Keys) -> ModelConfig:
 METHODS = {"greedy": "all", "group_limited_greedy": "groups"}
 
 
-def _deepseek(c: Keys, q_rank: int | None, interleaved: bool, moe: MoE) -> ModelConfig:
+def _deepseek(c: Keys, q_rank: int | None, interleaved: bool, moe: MoE, *, mtp_modules: int = 0) -> ModelConfig:
     c.expect("moe_layer_freq", 1)
     c.expect("attention_bias", False)
     mla = MLA(
@@ -59,6 +64,7 @@ def _deepseek(c: Keys, q_rank: int | None, interleaved: bool, moe: MoE) -> Model
         layers=layers,
         mla=mla,
         moe=moe,
+        mtp_modules=mtp_modules,
         head_dim=mla.nope_dim + mla.rope_dim,
         attn_scale=_scale(c, mla, turn.scaling),
     )
@@ -116,9 +122,7 @@ def deepseek_names(cfg: ModelConfig) -> fam.Names:
         "attn.k_b": fam.Source(kv_b, expand, 2, 0, m.nope_dim),
         "attn.v_b": fam.Source(kv_b, expand, 2, m.nope_dim, m.nope_dim + m.v_dim),
     }
-    # Multi-token-prediction modules sit behind the last layer; they predict further tokens and are not part of the
-    # decoder.
-    return fam.Names(table, moe=fam.EXPERTS, ignored=(rf"^model\.layers\.{cfg.num_layers}\.",))
+    return fam.mtp_names(cfg, table)
 
 
 FAMILIES = {

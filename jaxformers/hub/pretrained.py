@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from jaxformers.families import read_config
 from jaxformers.hub.convert import export_tensors, import_params
 from jaxformers.hub.fp8 import open_weights
+from jaxformers.hub.mtp import choose_modules
 from jaxformers.hub.safetensors import Deferred, write_tensors
 from jaxformers.models.config import ModelConfig
 from jaxformers.models.params import Params
@@ -31,12 +32,13 @@ def read_pretrained(directory: str | Path, *, shardings: Any = None, dtype: Any 
     """Config and parameters of a Hugging Face directory. See `read_config` and `import_params` for arguments and
     errors.
 
-    `shardings` may be a function of the config, for a caller that does not know it yet.
+    `shardings` may be a function of the config, for a caller that does not know it yet. Modules for multi-token
+    prediction are read where the checkpoint has them.
     """
     directory = Path(directory)
-    cfg = read_config(directory)
+    cfg, tensors = choose_modules(read_config(directory), open_weights(directory), mtp=True)
     places = shardings(cfg) if callable(shardings) else shardings
-    params = import_params(cfg, open_weights(directory), shardings=places, dtype=dtype)
+    params = import_params(cfg, tensors, shardings=places, dtype=dtype)
     return Pretrained(cfg, params, read_generation_config(directory))
 
 
