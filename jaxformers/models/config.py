@@ -203,9 +203,7 @@ class ModelConfig:
     swiglu_limit: float | None = None  # gpt-oss: clamped gate with sigmoid(1.702 x)
     moe: MoE | None = None
     mla: MLA | None = None
-    mtp_modules: int = (
-        0  # behind the decoder, each a layer of the last kind that predicts one token further, in training
-    )
+    mtp_modules: int = 0  # layers of the last kind behind the decoder, to predict further tokens in training
     source: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
 
     @property

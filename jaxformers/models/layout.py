@@ -66,7 +66,8 @@ def _join(p: Params, names: tuple[str, ...], fused: str) -> Params:
 
 
 def prepare(params: Params, cfg: ModelConfig, *, dtype: Any, whole: bool, on_cpu: bool) -> Params:
-    """The tree to decode from: one buffer a layer, in the compute dtype (routing apart), nothing that only training uses.
+    """The tree to decode from: one buffer a layer, in the compute dtype (routing apart), without what only training
+    uses.
 
     Where every device holds layers `whole`, projections of one input are fused, and on CPU matrices are kept
     output-major.

@@ -1,7 +1,7 @@
-"""Multi-token prediction (DeepSeek-V3, arXiv:2412.19437, section 2.2): modules behind the decoder, each of which predicts
-one token further than the last. Only training runs them.
+"""Multi-token prediction (DeepSeek-V3, arXiv:2412.19437, section 2.2): modules behind the decoder, each of which
+predicts one token further than the last. Only training runs them.
 
-What a module passes on is what the head reads of it, that is after its norm, and so for the decoder: the paper leaves it
+What the decoder and each module pass on is what the head reads of them, that is after their norm: the paper leaves it
 open, and this is how published checkpoints are run.
 
 B batch, T time, D model, M modules
@@ -34,9 +34,9 @@ def run_modules(
 ) -> tuple[list[jax.Array], MoEStats | None]:
     """Hidden states [B, T, D] of each module before its norm, and the experts' sums [M, ...], if any.
 
-    x [B, T, D] is the decoder's, before the final norm. tokens, segment_ids int32 [B, T, M]: what module m reads at each
-    place, the token m + 1 places further on, and its document; 0 where the document ends before it, which counts as
-    padding. positions int32 [B, T] are the decoder's. Embedding and norm are `params`', gathered for use.
+    x [B, T, D] is the decoder's, before the final norm. tokens, segment_ids int32 [B, T, M]: what module m reads at
+    each place, the token m + 1 places further on, and its document; 0 where the document ends before it, which counts
+    as padding. positions int32 [B, T] are the decoder's. Embedding and norm are `params`', gathered for use.
     """
     states, found = [], []
     x = named_norm(params, "final_norm", x, cfg)
