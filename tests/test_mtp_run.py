@@ -79,7 +79,7 @@ def test_a_run_with_modules_learns_resumes_generates_and_exports_them(tmp_path):
 
 
 def test_modules_are_named_apart_in_the_plan_and_not_run_with_a_weight_of_zero(tmp_path):
-    values = run_config(tmp_path, model=MODEL, train={"steps": 1})
+    values = run_config(tmp_path, model=MODEL)
     setup = prepare_run(load_config(values))
     modules = jf.count_params(setup.cfg, mtp=True) - jf.count_params(setup.cfg)
     assert describe_setup(setup)["parameters"].endswith(f" active) + {modules:,} for multi-token prediction")
