@@ -141,7 +141,7 @@ def _find_run(run: Path, step: int | None, *, mtp: bool) -> FoundModel:
     tokenizer = _tokenizer_at(run / TOKENIZER_FOLDER)
     has_ema = meta["config"]["train"]["ema_decay"] is not None
     config = read_config(meta["model"])
-    config = config if mtp else without_mtp(config)
+    config = without_mtp(config) if config.mtp_modules and not mtp else config
     return FoundModel(run, config, tokenizer, meta.get("generation", {}), step=step, has_ema=has_ema)
 
 

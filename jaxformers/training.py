@@ -24,6 +24,7 @@ from jaxformers.data.rows import Row
 from jaxformers.data.tokenizer import Tokenizer, check_vocabulary
 from jaxformers.families import read_config
 from jaxformers.families.catalog import is_published
+from jaxformers.families.common import without_mtp
 from jaxformers.generation import generate
 from jaxformers.models.config import ModelConfig
 from jaxformers.models.params import count_params, flops_per_token
@@ -73,7 +74,8 @@ def prepare_run(config: RunConfig) -> Setup:
     mesh = make_mesh(config.mesh)
     if isinstance(config.model, str) and not is_published(config.model):
         pretrained = find_model(config.model, mtp=True)
-        cfg = pretrained.config
+        # Of modules that the checkpoint lacks, this run's own checkpoints must not speak.
+        cfg = pretrained.config if pretrained.config.mtp_modules else without_mtp(pretrained.config)
     else:
         cfg = read_config(config.model)
     _check_shapes(config, cfg, mesh)

@@ -221,10 +221,10 @@ def mtp_modules(c: Keys) -> int:
 
 
 def without_mtp(cfg: ModelConfig) -> ModelConfig:
-    """The same model without modules for multi-token prediction, and a `config.json` that says so."""
-    if not cfg.mtp_modules:
-        return cfg
-    source = None if cfg.source is None else {**cfg.source, MTP_KEY: 0}
+    """The same model without modules for multi-token prediction, and with a `config.json` that speaks of none."""
+    source = cfg.source
+    if source is not None and source.get(MTP_KEY):
+        source = {**source, MTP_KEY: 0}
     return cfg.replace(mtp_modules=0, source=source)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxformers.families import read_config
+from jaxformers.families.common import without_mtp
 from jaxformers.hub.convert import export_tensors, import_params
 from jaxformers.hub.fp8 import open_weights
 from jaxformers.hub.mtp import choose_modules
@@ -69,7 +70,7 @@ def write_pretrained(
     ValueError if the config was not read from a `config.json` (or was changed since), as there is then none to write
     back.
     """
-    if cfg.source is None or read_config(cfg.source) != cfg:
+    if cfg.source is None or not _is_from(cfg.source, cfg):
         raise ValueError("this ModelConfig has no config.json to export; make it with read_config({...})")
     directory = Path(directory)
     tensors = export_tensors(cfg, params, dtype=dtype)
@@ -81,6 +82,13 @@ def write_pretrained(
         _write_json(directory / "generation_config.json", generation)
     else:
         (directory / "generation_config.json").unlink(missing_ok=True)
+
+
+def _is_from(source: Mapping[str, Any], cfg: ModelConfig) -> bool:
+    """Whether a `config.json` means this model, or it and modules for multi-token prediction that its checkpoint
+    lacked."""
+    stated = read_config(source)
+    return cfg in (stated, without_mtp(stated))
 
 
 def _main_dtype(tensors: Mapping[str, Deferred]) -> str:

@@ -6,13 +6,15 @@ import logging
 import jax
 import numpy as np
 import pytest
-from tiny import LLAMA, assert_bit_equal, random_params
+from tiny import LLAMA, assert_bit_equal, random_params, run_config
 
 import jaxformers as jf
+from jaxformers.config import load_config
 from jaxformers.families import read_config
 from jaxformers.hub.convert import import_params
 from jaxformers.hub.pretrained import read_pretrained, write_pretrained
 from jaxformers.hub.safetensors import open_tensors, write_tensors
+from jaxformers.training import prepare_run
 
 MOE = {
     "num_nextn_predict_layers": 2,
@@ -110,10 +112,12 @@ def test_a_checkpoint_that_lacks_its_modules_opens_without_them_and_says_so(tmp_
         model = jf.load(tmp_path, mtp=True)
     assert "lacks the weights of its 2 module(s) for multi-token prediction" in caplog.text
     assert "mtp" not in model.params
-    assert model.config.source["num_nextn_predict_layers"] == 0
     caplog.clear()
-    jf.load(tmp_path)
+    jf.save_pretrained(jf.load(tmp_path), tmp_path / "again")
     assert not caplog.text
+    assert read_config(tmp_path / "again") == read_config(tmp_path), "its config.json is written back as it was"
+    setup = prepare_run(load_config(run_config(tmp_path, model=str(tmp_path))))
+    assert setup.cfg.mtp_modules == read_config(setup.cfg.source).mtp_modules == 0
 
 
 def test_a_checkpoint_with_some_of_its_modules_weights_is_refused(tmp_path):
