@@ -15,10 +15,12 @@ from jax.sharding import Mesh
 from jaxformers.data.gguf_tokenizer import gguf_tokenizer
 from jaxformers.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from jaxformers.families import read_config
+from jaxformers.families.common import without_mtp
 from jaxformers.hub.convert import import_params
 from jaxformers.hub.fp8 import open_weights
 from jaxformers.hub.gguf import open_gguf
 from jaxformers.hub.gguf_models import gguf_config, gguf_generation, gguf_tensors
+from jaxformers.hub.mtp import choose_modules
 from jaxformers.hub.pretrained import read_generation_config, write_pretrained
 from jaxformers.hub.resolve import classify, resolve
 from jaxformers.models.config import ModelConfig
@@ -48,18 +50,24 @@ class Model:
 
 
 def load(
-    ref: str | Path, *, mesh: Mesh | MeshConfig | None = None, dtype: str | None = None, ema: bool = False
+    ref: str | Path,
+    *,
+    mesh: Mesh | MeshConfig | None = None,
+    dtype: str | None = None,
+    ema: bool = False,
+    mtp: bool = False,
 ) -> Model:
     """The model that `ref` means: a Hugging Face directory, a `.gguf` file, a hub id, a run or one of its checkpoints.
 
     mesh: where its parameters are placed; None = the first device. dtype: of parameters and computation; None keeps the
     parameters as stored and computes in float32 on CPU, in bfloat16 elsewhere unless they are stored as float32. ema:
-    the moving average of a run's parameters in place of the last ones.
+    the moving average of a run's parameters in place of the last ones. mtp: with the modules for multi-token
+    prediction, if it has some, to be trained or written again; generation has no use for them.
 
     ValueError in one line for whatever keeps it from being loaded.
     """
     _check_dtype(dtype)
-    found = find_model(ref)
+    found = find_model(ref, mtp=mtp)
     mesh = make_mesh(mesh) if isinstance(mesh, MeshConfig) else mesh or single_device_mesh()
     params = found.read_params(mesh, dtype=dtype, ema=ema)
     compute = dtype or _default_compute_dtype(params, mesh)
@@ -98,19 +106,21 @@ class FoundModel:
                 return checkpoints.restore_params(self.step, abstract, ema=ema)
 
 
-def find_model(ref: str | Path) -> FoundModel:
-    """What `ref` means, told from everything but its weights. ValueError as `load` raises it."""
+def find_model(ref: str | Path, *, mtp: bool = False) -> FoundModel:
+    """What `ref` means, told from everything but its weights, with or without modules for multi-token prediction.
+    ValueError as `load` raises it."""
     path = resolve(ref)
     match classify(path):
         case "huggingface":
             generation = read_generation_config(path)
-            return FoundModel(path, read_config(path), _tokenizer_at(path), generation, tensors=open_weights(path))
+            config, tensors = choose_modules(read_config(path), open_weights(path), mtp=mtp)
+            return FoundModel(path, config, _tokenizer_at(path), generation, tensors=tensors)
         case "gguf":
             return _find_gguf(path)
         case "run":
-            return _find_run(path, None)
+            return _find_run(path, None, mtp=mtp)
         case "checkpoint":
-            return _find_run(path.absolute().parent.parent, int(path.absolute().name))
+            return _find_run(path.absolute().parent.parent, int(path.absolute().name), mtp=mtp)
         case kind:
             raise ValueError(f"{ref} is a {kind} file, which cannot be loaded as a model; name its directory")
 
@@ -123,7 +133,7 @@ def _find_gguf(path: Path) -> FoundModel:
     return FoundModel(path, config, tokenizer, gguf_generation(file), tensors=gguf_tensors(file))
 
 
-def _find_run(run: Path, step: int | None) -> FoundModel:
+def _find_run(run: Path, step: int | None, *, mtp: bool) -> FoundModel:
     """A run's checkpoint, the newest one unless a step is named."""
     with Checkpointer(run) as checkpoints:
         if step is not None:
@@ -135,9 +145,9 @@ def _find_run(run: Path, step: int | None) -> FoundModel:
         meta = checkpoints.meta(step)
     tokenizer = _tokenizer_at(run / TOKENIZER_FOLDER)
     has_ema = meta["config"]["train"]["ema_decay"] is not None
-    return FoundModel(
-        run, read_config(meta["model"]), tokenizer, meta.get("generation", {}), step=step, has_ema=has_ema
-    )
+    config = read_config(meta["model"])
+    config = without_mtp(config) if config.mtp_modules and not mtp else config
+    return FoundModel(run, config, tokenizer, meta.get("generation", {}), step=step, has_ema=has_ema)
 
 
 def _check_dtype(dtype: str | None) -> None:

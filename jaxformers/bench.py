@@ -193,7 +193,7 @@ def _step_seconds(
 
 def _train_report(trainer: Trainer, name: str, step: Seconds, compile: Compile, memory: Memory) -> TrainReport:
     machine = measure_machine(trainer.mesh.devices.flatten().tolist(), trainer.runtime.dtype)
-    per_token = flops_per_token(trainer.cfg, trainer.sequence_length)
+    per_token = flops_per_token(trainer.cfg, trainer.sequence_length, mtp=trainer.runs_mtp)
     tokens_per_second = trainer.program.tokens_per_step / step.median
     rate = tokens_per_second * per_token
     return TrainReport(
@@ -341,6 +341,7 @@ def step_weight_bytes(cfg: ModelConfig, rows: int, dtype: str) -> int:
 
     read = dict(model_spec(cfg))
     read.pop("positions", None)
+    read.pop("mtp", None)
     if not cfg.tie_embeddings:
         read.pop("embed")
     return round(sum(map(size, jax.tree.leaves(read))) * jnp.dtype(dtype).itemsize)

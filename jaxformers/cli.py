@@ -207,7 +207,7 @@ def convert(
         raise ValueError(f"{destination} exists and is not an empty directory; choose another destination")
     import jaxformers as jf
 
-    model = jf.load(source, ema=ema)
+    model = jf.load(source, ema=ema, mtp=True)
     jf.save_pretrained(model, destination, dtype=dtype, max_shard_bytes=int(max_shard_size * 1e9))
     print(f"{destination}: {model.config.family}, {jf.count_params(model.config):,} parameters", file=sys.stderr)
 

@@ -24,6 +24,7 @@ from jaxformers.data.rows import Row
 from jaxformers.data.tokenizer import Tokenizer, check_vocabulary
 from jaxformers.families import read_config
 from jaxformers.families.catalog import is_published
+from jaxformers.families.common import without_mtp
 from jaxformers.generation import generate
 from jaxformers.models.config import ModelConfig
 from jaxformers.models.params import count_params, flops_per_token
@@ -73,8 +74,9 @@ def prepare_run(config: RunConfig) -> Setup:
     pretrained = None
     mesh = make_mesh(config.mesh)
     if isinstance(config.model, str) and not is_published(config.model):
-        pretrained = find_model(config.model)
-        cfg = pretrained.config
+        pretrained = find_model(config.model, mtp=True)
+        # Of modules that the checkpoint lacks, this run's own checkpoints must not speak.
+        cfg = pretrained.config if pretrained.config.mtp_modules else without_mtp(pretrained.config)
     else:
         cfg = read_config(config.model)
     _check_shapes(config, cfg, mesh)
@@ -117,10 +119,13 @@ def describe_setup(setup: Setup) -> dict[str, str]:
     tokens = config.train.steps * per_step
     sizes = ", ".join(f"{axis}={size}" for axis, size in setup.mesh.shape.items() if size > 1)
     count, active = count_params(cfg), count_params(cfg, active=True)
-    flops = tokens * flops_per_token(cfg, config.data.sequence_length)
+    modules = count_params(cfg, mtp=True) - count
+    flops = tokens * flops_per_token(cfg, config.data.sequence_length, mtp=setup.trainer.runs_mtp)
     return {
         "model": cfg.family,
-        "parameters": f"{count:,}" + (f" ({active:,} active)" if active != count else ""),
+        "parameters": f"{count:,}"
+        + (f" ({active:,} active)" if active != count else "")
+        + (f" + {modules:,} for multi-token prediction" if modules else ""),
         "devices": f"{setup.mesh.size} ({sizes or 'one'})",
         "memory per device": f"{total:.2f} GiB of state + {weights:.2f} GiB of gradients, plus activations",
         "steps": f"{config.train.steps:,} of {per_step:,} tokens, {tokens:,} in all",

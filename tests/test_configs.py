@@ -98,7 +98,7 @@ def test_the_quickstart_is_small():
 @named(CONFIGS)
 def test_parameters_have_shapes_that_add_up_to_the_count(path):
     cfg = model_of(path)
-    assert sum(math.prod(a.shape) for a in jax.tree.leaves(abstract_params(cfg))) == count_params(cfg)
+    assert sum(math.prod(a.shape) for a in jax.tree.leaves(abstract_params(cfg))) == count_params(cfg, mtp=True)
 
 
 @named(CONFIGS)

@@ -59,12 +59,14 @@ NameTable = Mapping[str, str | Source]
 class Names:
     """The checkpoint's names: a leaf's path within its layer (or the model) -> where it lives.
 
-    `moe` overrides entries in layers whose feed-forward is a mixture of experts. `ignored` are regular expressions of
-    tensors that carry no weight of ours.
+    `moe` overrides entries in layers whose feed-forward is a mixture of experts. `copies` are what each module for
+    multi-token prediction repeats of the model's weights. `ignored` are regular expressions of tensors that carry no
+    weight of ours.
     """
 
     table: NameTable
     moe: NameTable = field(default_factory=dict)
+    copies: Mapping[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
 
     def source(self, path: str, kind: LayerKind | None) -> Source:
@@ -83,6 +85,7 @@ class Family:
 
 ATTN, MLP, LAYER = "model.layers.{l}.self_attn.", "model.layers.{l}.mlp.", "model.layers.{l}."
 GPT_LAYER = "transformer.h.{l}."
+MTP_KEY = "num_nextn_predict_layers"
 WEIGHT_BIAS = (("w", "weight"), ("b", "bias"))
 
 
@@ -191,12 +194,46 @@ MIXTRAL_EXPERTS: dict[str, str | Source] = {
 }
 
 
+# A module for multi-token prediction is a further layer, with what it needs beside one (arXiv:2412.19437).
+MTP: dict[str, str | Source] = {
+    "mtp.proj": f"{LAYER}eh_proj.weight",
+    **norms(
+        **{
+            "mtp.token_norm": f"{LAYER}enorm",
+            "mtp.hidden_norm": f"{LAYER}hnorm",
+            "mtp.norm": f"{LAYER}shared_head.norm",
+        }
+    ),
+}
+MTP_COPIES = {"embed": f"{LAYER}embed_tokens.weight", "lm_head": f"{LAYER}shared_head.head.weight"}
+
+
+def mtp_names(cfg: ModelConfig, table: NameTable) -> Names:
+    """`table` with DeepSeek-V3's experts and modules for multi-token prediction. A model that is read without modules
+    leaves its checkpoint's alone."""
+    ignored = () if cfg.mtp_modules else (rf"^model\.layers\.{cfg.num_layers}\.",)
+    return Names({**table, **MTP}, moe=EXPERTS, copies=MTP_COPIES, ignored=ignored)
+
+
+def mtp_modules(c: Keys) -> int:
+    """How many modules for multi-token prediction a file says its model has."""
+    return c.integer(MTP_KEY, 0, minimum=0)
+
+
+def without_mtp(cfg: ModelConfig) -> ModelConfig:
+    """The same model without modules for multi-token prediction, and with a `config.json` that speaks of none."""
+    source = cfg.source
+    if source is not None and source.get(MTP_KEY):
+        source = {**source, MTP_KEY: 0}
+    return cfg.replace(mtp_modules=0, source=source)
+
+
 def llama_names(_cfg: ModelConfig) -> Names:
     return Names(LLAMA, ignored=(r"\.rotary_emb\.inv_freq$",))
 
 
 def moe_names(_cfg: ModelConfig) -> Names:
-    """Llama's names, with experts as DeepSeek and Qwen write them; multi-token-prediction layers are left out."""
+    """Llama's names, with experts as DeepSeek and Qwen write them."""
     return Names(LLAMA, moe=EXPERTS)
 
 

@@ -1,4 +1,5 @@
-"""DeepSeek-V2 and V3: latent attention, routing limited to groups of experts; in V3 a bias that only selects."""
+"""DeepSeek-V2 and V3: latent attention, routing limited to groups of experts; in V3 a bias that only selects, and
+multi-token prediction."""
 
 from jaxformers.families import common as fam
 from jaxformers.families.keys import Keys
@@ -6,18 +7,14 @@ from jaxformers.models.config import MLA, LayerKind, ModelConfig, MoE, YarnScali
 
 
 def read_deepseek_v3(c: Keys) -> ModelConfig:
-    c.expect(scoring_func="sigmoid")
-    c.expect(topk_method="noaux_tc")
-    c.expect(head_dim=c.integer("qk_rope_head_dim"))
-    return _deepseek(
-        c, c.integer("q_lora_rank", null=None), c.flag("rope_interleave", True), deepseek_moe(c, scale=2.5)
-    )
+    c.expect(scoring_func="sigmoid", topk_method="noaux_tc", head_dim=c.integer("qk_rope_head_dim"))
+    q_rank, interleaved = c.integer("q_lora_rank", null=None), c.flag("rope_interleave", True)
+    return _deepseek(c, q_rank, interleaved, deepseek_moe(c, scale=2.5), mtp_modules=fam.mtp_modules(c))
 
 
 def read_deepseek_v2(c: Keys) -> ModelConfig:
-    c.expect(scoring_func="softmax")
+    c.expect(scoring_func="softmax", mlp_bias=False)
     c.expect(norm_topk_prob=False)  # never read by the reference implementation
-    c.expect(mlp_bias=False)
     width, method = c.integer("moe_intermediate_size"), c.choice("topk_method", METHODS, "greedy")
     # The group keys are in files that do not use them, too.
     groups = _groups(c) if method == "groups" else {}
@@ -37,9 +34,8 @@ def read_deepseek_v2(c: Keys) -> ModelConfig:
 METHODS = {"greedy": "all", "group_limited_greedy": "groups"}
 
 
-def _deepseek(c: Keys, q_rank: int | None, interleaved: bool, moe: MoE) -> ModelConfig:
-    c.expect(moe_layer_freq=1)
-    c.expect(attention_bias=False)
+def _deepseek(c: Keys, q_rank: int | None, interleaved: bool, moe: MoE, *, mtp_modules: int = 0) -> ModelConfig:
+    c.expect(moe_layer_freq=1, attention_bias=False)
     mla = MLA(
         q_rank=q_rank,
         kv_rank=c.integer("kv_lora_rank"),
@@ -59,6 +55,7 @@ def _deepseek(c: Keys, q_rank: int | None, interleaved: bool, moe: MoE) -> Model
         layers=layers,
         mla=mla,
         moe=moe,
+        mtp_modules=mtp_modules,
         head_dim=mla.nope_dim + mla.rope_dim,
         attn_scale=_scale(c, mla, turn.scaling),
     )
@@ -116,9 +113,7 @@ def deepseek_names(cfg: ModelConfig) -> fam.Names:
         "attn.k_b": fam.Source(kv_b, expand, 2, 0, m.nope_dim),
         "attn.v_b": fam.Source(kv_b, expand, 2, m.nope_dim, m.nope_dim + m.v_dim),
     }
-    # Multi-token-prediction modules sit behind the last layer; they predict further tokens and are not part of the
-    # decoder.
-    return fam.Names(table, moe=fam.EXPERTS, ignored=(rf"^model\.layers\.{cfg.num_layers}\.",))
+    return fam.mtp_names(cfg, table)
 
 
 FAMILIES = {

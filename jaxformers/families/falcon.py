@@ -7,7 +7,10 @@ from jaxformers.models.config import ModelConfig
 
 def read_falcon(c: Keys) -> ModelConfig:
     width = "n_embed" if c.integer("n_embed", None) else "hidden_size"
-    heads, size, alibi = c.integer("num_attention_heads"), fam.even_heads(c, width, "num_attention_heads"), _alibi(c)
+    heads, size = c.integer("num_attention_heads"), fam.even_heads(c, width, "num_attention_heads")
+    alibi = c.flag("alibi", False)
+    if alibi:
+        c.skip("rope_parameters")
     grouped, parallel = c.flag("new_decoder_architecture", False), c.flag("parallel_attn", True)
     single, groups = c.flag("multi_query", True), c.integer("num_kv_heads", heads)
     if grouped and not parallel:
@@ -27,14 +30,6 @@ def read_falcon(c: Keys) -> ModelConfig:
         activation=c.choice("activation", fam.ACTIVATIONS, "gelu"),
         **fam.biases(c.flag("bias", False)),
     )
-
-
-def _alibi(c: Keys) -> bool:
-    alibi = c.flag("alibi", False)
-    if alibi:
-        c.integer("max_position_embeddings", 2048)
-        c.table("rope_parameters", None)
-    return alibi
 
 
 def falcon_names(cfg: ModelConfig) -> fam.Names:

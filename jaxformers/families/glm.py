@@ -38,11 +38,16 @@ def read_glm4_moe(c: Keys) -> ModelConfig:
         norm_eps=c.number("rms_norm_eps", 1e-5),
         qk_norm="head" if c.flag("use_qk_norm", False) else "none",
         qkv_bias=c.flag("attention_bias", False),
+        mtp_modules=fam.mtp_modules(c),
     )
+
+
+def glm4_moe_names(cfg: ModelConfig) -> fam.Names:
+    return fam.mtp_names(cfg, fam.LLAMA)
 
 
 FAMILIES = {
     "glm": fam.Family(read_glm, glm_names),
     "glm4": fam.Family(read_glm, glm_names),
-    "glm4_moe": fam.Family(read_glm4_moe, fam.moe_names),
+    "glm4_moe": fam.Family(read_glm4_moe, glm4_moe_names),
 }

@@ -11,9 +11,7 @@ def read_phi3(c: Keys) -> ModelConfig:
     turn = fam.rope(c, fam.head_dim(c), original=c.integer("original_max_position_embeddings", 4096), renamed=first)
     layers = fam.uniform_layers(c, window=c.integer("sliding_window", None), rope=turn)
     kv_heads = c.integer("num_key_value_heads", c.integer("num_attention_heads"))
-    bias = c.flag("attention_bias", False)
-    if bias:
-        raise c.error("attention_bias", bias, "False")
+    c.expect(attention_bias=False)
     return fam.llama_config(c, layers=layers, num_kv_heads=kv_heads, norm_eps=c.number("rms_norm_eps", 1e-5))
 
 

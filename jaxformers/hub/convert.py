@@ -16,12 +16,11 @@ import ml_dtypes
 import numpy as np
 
 from jaxformers.families import names_of
-from jaxformers.families.common import Names
 from jaxformers.hub.copying import Copying, empty_aligned
-from jaxformers.hub.layout import LeafPath, Part, parts
+from jaxformers.hub.layout import LeafPath, Part, copies, parts
 from jaxformers.hub.safetensors import ArrayLike, Deferred, release
 from jaxformers.models.config import ModelConfig
-from jaxformers.models.params import Params, model_spec
+from jaxformers.models.params import Params, model_spec, path_name
 
 MAX_NAMED = 8  # tensors named in an error before it says how many more there are
 FLOATS = (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)
@@ -38,7 +37,7 @@ def import_params(
     ValueError lists every missing, unplaced and misshapen tensor, and refuses tensors that are not floating point.
     """
     plan = list(parts(cfg))
-    tensors = _with_prefix(tensors, plan)
+    tensors = _with_prefix(tensors, [*plan, *copies(cfg)])
     _check(cfg, plan, tensors)
     by_leaf: dict[LeafPath, list[Part]] = defaultdict(list)
     for part in plan:
@@ -98,8 +97,11 @@ def _check(cfg: ModelConfig, plan: list[Part], tensors: Mapping[str, ArrayLike])
     names = names_of(cfg)
     shapes = {part.source.name: part.disk_shape() for part in plan}
     ignored = [re.compile(pattern) for pattern in names.ignored]
-    tied = {names.source("lm_head", None).name} if cfg.tie_embeddings and "lm_head" in names.table else set()
-    extra = [n for n in tensors if n not in shapes and n not in tied and not any(p.search(n) for p in ignored)]
+    own = names.source("embed", None).name
+    tied = {names.source("lm_head", None).name: own} if cfg.tie_embeddings and "lm_head" in names.table else {}
+    shared = {part.source.name: names.source(path_name(part.path), None).name for part in copies(cfg)}
+    known = shapes.keys() | tied.keys() | shared.keys()
+    extra = [n for n in tensors if n not in known and not any(p.search(n) for p in ignored)]
     missing = [n for n in shapes if n not in tensors]
     misshapen = [
         f"{n} is {list(tensors[n].shape)}, not {list(shape)}"
@@ -112,17 +114,17 @@ def _check(cfg: ModelConfig, plan: list[Part], tensors: Mapping[str, ArrayLike])
         _listing("without a place in the model", extra),
         _listing("of another shape than config.json says", misshapen),
         _listing("not float64, float32, float16 or bfloat16", mistyped),
-        _listing("unlike the embedding although tie_word_embeddings is true", _untied(names, tied, tensors)),
+        _listing("unlike the embedding although tie_word_embeddings is true", _unlike(tied, tensors)),
+        _listing("unlike the model's own although its modules share it", _unlike(shared, tensors)),
     ]
     if any(problems):
         raise ValueError(f"the checkpoint does not fit {cfg.family}: " + "; ".join(p for p in problems if p))
 
 
-def _untied(names: Names, tied: set[str], tensors: Mapping[str, ArrayLike]) -> list[str]:
-    """The tied head where it is no copy of the embedding: some fine-tunings train one and leave the flag as it was."""
-    embedding = names.source("embed", None).name
-    both = [n for n in tied if n in tensors and embedding in tensors]
-    return [n for n in both if not np.array_equal(tensors[n], tensors[embedding])]
+def _unlike(originals: Mapping[str, str], tensors: Mapping[str, ArrayLike]) -> list[str]:
+    """The names of copies that are none: some fine-tunings train a tied head and leave the flag as it was."""
+    both = [(n, own) for n, own in originals.items() if n in tensors and own in tensors]
+    return [n for n, own in both if not np.array_equal(tensors[n], tensors[own])]
 
 
 def _listing(what: str, names: list[str]) -> str:
@@ -136,7 +138,7 @@ def export_tensors(cfg: ModelConfig, params: Params, *, dtype: Any = None) -> di
     """The family's tensors by name, each assembled only when it is written. dtype None keeps each parameter's own."""
     leaves = dict(jax.tree_util.tree_flatten_with_path(params)[0])
     by_tensor: dict[str, list[Part]] = defaultdict(list)
-    for part in parts(cfg):
+    for part in (*parts(cfg), *copies(cfg)):
         by_tensor[part.source.name].append(part)
     return {name: _deferred(group, leaves, dtype) for name, group in by_tensor.items()}
 

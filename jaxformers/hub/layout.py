@@ -71,7 +71,7 @@ class Part:
 def parts(cfg: ModelConfig) -> Iterator[Part]:
     """Every part of the model, leaf by leaf."""
     spec, names = model_spec(cfg), names_of(cfg)
-    outside = {name: leaf for name, leaf in spec.items() if name != "layers"}
+    outside = {name: leaf for name, leaf in spec.items() if name not in ("layers", "mtp")}
     for path, leaf in jax.tree_util.tree_flatten_with_path(outside)[0]:
         yield Part(path, (), leaf, names.source(path_name(path), None))
     for i, stack in enumerate(plan_stacks(cfg.layers)):
@@ -79,18 +79,40 @@ def parts(cfg: ModelConfig) -> Iterator[Part]:
             where = (jax.tree_util.DictKey("layers"), jax.tree_util.SequenceKey(i), jax.tree_util.SequenceKey(j))
             layers = [stack.layer(j, repeat) for repeat in range(stack.repeats)]
             for path, leaf in jax.tree_util.tree_flatten_with_path(spec["layers"][i][j])[0]:
-                yield from _layer_parts((*where, *path), leaf, names, kind, path_name(path), layers)
+                source = names.source(path_name(path), kind)
+                for repeat, layer in enumerate(layers):
+                    yield from _layer_parts((*where, *path), (repeat,), leaf.drop_leading(), source, layer)
+    for m, module in enumerate(spec.get("mtp", ())):
+        where = (jax.tree_util.DictKey("mtp"), jax.tree_util.SequenceKey(m))
+        for path, leaf in jax.tree_util.tree_flatten_with_path(module)[0]:
+            source = _module_source(names, path_name(path), cfg.layers[-1])
+            yield from _layer_parts((*where, *path), (), leaf, source, cfg.num_layers + m)
+
+
+def copies(cfg: ModelConfig) -> Iterator[Part]:
+    """Tensors that repeat a weight of the model for a module that shares it: written, and not read."""
+    spec, names = model_spec(cfg), names_of(cfg)
+    for m in range(cfg.mtp_modules):
+        for leaf, name in names.copies.items():
+            own = leaf if leaf in spec else "embed"  # a tied head
+            source = Source(name.replace("{l}", str(cfg.num_layers + m)))
+            yield Part((jax.tree_util.DictKey(own),), (), spec[own], source)
+
+
+def _module_source(names: Names, name: str, kind: LayerKind) -> Source:
+    """Where a weight of a module for multi-token prediction lies; its layer's are named as any layer's are."""
+    own = name.removeprefix("layer.")
+    return names.source(f"mtp.{name}", None) if own == name else names.source(own, kind)
 
 
 def _layer_parts(
-    path: LeafPath, leaf: ParamSpec, names: Names, kind: LayerKind, name: str, layers: list[int]
+    path: LeafPath, index: tuple[int, ...], entry: ParamSpec, source: Source, layer: int
 ) -> Iterator[Part]:
-    source, entry = names.source(name, kind), leaf.drop_leading()
-    for repeat, layer in enumerate(layers):
-        placed = replace(source, name=source.name.replace("{l}", str(layer)))
-        if "{e}" not in placed.name:
-            yield Part(path, (repeat,), entry, placed)
-            continue
-        for e in range(entry.shape[0]):
-            named = replace(placed, name=placed.name.replace("{e}", str(e)))
-            yield Part(path, (repeat, e), entry.drop_leading(), named)
+    """One layer's entry of a leaf, and each of its experts."""
+    placed = replace(source, name=source.name.replace("{l}", str(layer)))
+    if "{e}" not in placed.name:
+        yield Part(path, index, entry, placed)
+        return
+    for e in range(entry.shape[0]):
+        named = replace(placed, name=placed.name.replace("{e}", str(e)))
+        yield Part(path, (*index, e), entry.drop_leading(), named)

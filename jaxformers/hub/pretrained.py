@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxformers.families import read_config
+from jaxformers.families.common import without_mtp
 from jaxformers.hub.convert import export_tensors, import_params
 from jaxformers.hub.fp8 import open_weights
+from jaxformers.hub.mtp import choose_modules
 from jaxformers.hub.safetensors import Deferred, write_tensors
 from jaxformers.models.config import ModelConfig
 from jaxformers.models.params import Params
@@ -31,12 +33,13 @@ def read_pretrained(directory: str | Path, *, shardings: Any = None, dtype: Any 
     """Config and parameters of a Hugging Face directory. See `read_config` and `import_params` for arguments and
     errors.
 
-    `shardings` may be a function of the config, for a caller that does not know it yet.
+    `shardings` may be a function of the config, for a caller that does not know it yet. Modules for multi-token
+    prediction are read where the checkpoint has them.
     """
     directory = Path(directory)
-    cfg = read_config(directory)
+    cfg, tensors = choose_modules(read_config(directory), open_weights(directory), mtp=True)
     places = shardings(cfg) if callable(shardings) else shardings
-    params = import_params(cfg, open_weights(directory), shardings=places, dtype=dtype)
+    params = import_params(cfg, tensors, shardings=places, dtype=dtype)
     return Pretrained(cfg, params, read_generation_config(directory))
 
 
@@ -67,7 +70,7 @@ def write_pretrained(
     ValueError if the config was not read from a `config.json` (or was changed since), as there is then none to write
     back.
     """
-    if cfg.source is None or read_config(cfg.source) != cfg:
+    if cfg.source is None or not _is_from(cfg.source, cfg):
         raise ValueError("this ModelConfig has no config.json to export; make it with read_config({...})")
     directory = Path(directory)
     tensors = export_tensors(cfg, params, dtype=dtype)
@@ -79,6 +82,13 @@ def write_pretrained(
         _write_json(directory / "generation_config.json", generation)
     else:
         (directory / "generation_config.json").unlink(missing_ok=True)
+
+
+def _is_from(source: Mapping[str, Any], cfg: ModelConfig) -> bool:
+    """Whether a `config.json` means this model, or it and modules for multi-token prediction that its checkpoint
+    lacked."""
+    stated = read_config(source)
+    return cfg in (stated, without_mtp(stated))
 
 
 def _main_dtype(tensors: Mapping[str, Deferred]) -> str:

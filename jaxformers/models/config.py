@@ -203,6 +203,7 @@ class ModelConfig:
     swiglu_limit: float | None = None  # gpt-oss: clamped gate with sigmoid(1.702 x)
     moe: MoE | None = None
     mla: MLA | None = None
+    mtp_modules: int = 0  # layers of the last kind behind the decoder, to predict further tokens in training
     source: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
 
     @property

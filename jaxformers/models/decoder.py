@@ -89,7 +89,7 @@ def unembed(params: Params, cfg: ModelConfig, x: jax.Array, runtime: Runtime) ->
 def gather_shared(params: Params, cfg: ModelConfig, runtime: Runtime) -> Params:
     """The parameters with all that lies outside the layers (embedding, head, final norm) gathered for use."""
     spec = model_spec(cfg)
-    shared = {name: leaf for name, leaf in params.items() if name not in ("layers", "blocks")}
+    shared = {name: leaf for name, leaf in params.items() if name not in ("layers", "blocks", "mtp")}
     return params | runtime.gather(shared, {name: spec[name] for name in shared})
 
 

@@ -66,7 +66,8 @@ def _join(p: Params, names: tuple[str, ...], fused: str) -> Params:
 
 
 def prepare(params: Params, cfg: ModelConfig, *, dtype: Any, whole: bool, on_cpu: bool) -> Params:
-    """The tree to decode from: one buffer a layer, in the compute dtype (routing apart).
+    """The tree to decode from: one buffer a layer, in the compute dtype (routing apart), without what only training
+    uses.
 
     Where every device holds layers `whole`, projections of one input are fused, and on CPU matrices are kept
     output-major.
@@ -75,6 +76,7 @@ def prepare(params: Params, cfg: ModelConfig, *, dtype: Any, whole: bool, on_cpu
     def cast(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         return leaf if path_name(path).rpartition(".")[2] in ROUTING else leaf.astype(dtype)
 
+    params = {name: leaf for name, leaf in params.items() if name != "mtp"}
     prepared = unstack(jax.tree_util.tree_map_with_path(cast, params), cfg)
     if whole:
         prepared["blocks"] = [fuse_layer(p) for p in prepared["blocks"]]

@@ -1,7 +1,8 @@
 """One declaration per weight, from which init, shapes, counts, shardings and checkpoint maps are all derived.
 
 The parameter tree is a nested dict of arrays. `params["layers"][i][j]` holds the layers at position j of stack i's
-pattern (see `config.plan_stacks`), each leaf with a leading [repeats] dim.
+pattern (see `config.plan_stacks`), each leaf with a leading [repeats] dim. `params["mtp"]` is a list of modules that
+predict further tokens (see `mtp`), which only training uses.
 """
 
 from __future__ import annotations
@@ -192,8 +193,17 @@ def layer_spec(cfg: ModelConfig, kind: LayerKind) -> Params:
     return spec | {name: norm_spec(cfg, cfg.d_model) for name in names}
 
 
+def mtp_spec(cfg: ModelConfig) -> Params:
+    """Every weight of one module for multi-token prediction: proj [2, D, D] takes the token's embedding, then the
+    hidden state."""
+    d = cfg.d_model
+    norms = {name: norm_spec(cfg, d) for name in ("token_norm", "hidden_norm", "norm")}
+    proj = linear_spec((2, d, d), (None, "embed", None), n_in=2)
+    return norms | {"proj": proj, "layer": layer_spec(cfg, cfg.layers[-1])}
+
+
 def model_spec(cfg: ModelConfig) -> Params:
-    """The whole tree of `ParamSpec`s. `lm_head` is absent where the embedding is tied."""
+    """The whole tree of `ParamSpec`s. `lm_head` is absent where the embedding is tied, `mtp` where there is none."""
     v, d = cfg.vocab_size, cfg.d_model
     spec: Params = {
         "embed": ParamSpec((v, d), ("vocab", "embed"), "normal", d),
@@ -212,6 +222,8 @@ def model_spec(cfg: ModelConfig) -> Params:
         spec["lm_head"] = linear_spec((d, v), ("embed", "vocab"))
     if cfg.lm_head_bias:
         spec["lm_head_b"] = ParamSpec((v,), ("vocab",), "zeros")
+    if cfg.mtp_modules:
+        spec["mtp"] = [mtp_spec(cfg) for _ in range(cfg.mtp_modules)]
     return spec
 
 
@@ -245,29 +257,37 @@ def abstract_params(cfg: ModelConfig, *, dtype: Any = jnp.float32) -> Params:
     return jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape, dtype), model_spec(cfg))
 
 
-def count_params(cfg: ModelConfig, *, active: bool = False) -> int:
-    """Number of parameters, a tied embedding counted once. `active`: only the experts one token visits."""
+def count_params(cfg: ModelConfig, *, active: bool = False, mtp: bool = False) -> int:
+    """Number of parameters, a tied embedding counted once. `active`: only the experts one token visits.
 
-    def count(spec: ParamSpec) -> int:
-        size = math.prod(spec.shape)
-        if active and cfg.moe and "experts" in spec.axes:
-            return size // cfg.moe.num_experts * cfg.moe.top_k
-        return size
-
-    return sum(count(spec) for spec in jax.tree.leaves(model_spec(cfg)))
+    As in published counts, modules for multi-token prediction are no part of it, unless `mtp`.
+    """
+    specs = jax.tree.leaves(_decoder_spec(cfg)) + (_module_leaves(cfg) if mtp else [])
+    return sum(_visited(cfg, spec) if active else math.prod(spec.shape) for spec in specs)
 
 
-def flops_per_token(cfg: ModelConfig, sequence_length: int, *, backward: bool = True) -> float:
+def _decoder_spec(cfg: ModelConfig) -> Params:
+    return {name: spec for name, spec in model_spec(cfg).items() if name != "mtp"}
+
+
+def _module_leaves(cfg: ModelConfig) -> list[ParamSpec]:
+    return jax.tree.leaves(mtp_spec(cfg)) * cfg.mtp_modules
+
+
+def flops_per_token(cfg: ModelConfig, sequence_length: int, *, backward: bool = True, mtp: bool = False) -> float:
     """Floating-point operations per token: 2 per weight of every matmul a token visits, plus causal attention.
 
     Each query sees (T + 1) / 2 keys on average, or fewer under a window. `backward` counts the gradient as twice the
     forward pass; recomputation is never counted. Norms, activations and lookups are left out, as is usual for MFU
-    (arXiv:2204.02311, appendix B, with causal attention).
+    (arXiv:2204.02311, appendix B, with causal attention). `mtp`: with the modules for multi-token prediction, each of
+    which computes the head once more.
     """
-    matmul = sum(_visited(cfg, spec) for spec in jax.tree.leaves(model_spec(cfg)) if spec.n_in) + (
-        cfg.vocab_size * cfg.d_model if cfg.tie_embeddings else 0
-    )
-    attention = sum(_mean_keys(kind, sequence_length) * _attention_width(cfg, kind) for kind in cfg.layers)
+    modules = cfg.mtp_modules if mtp else 0
+    specs = jax.tree.leaves(_decoder_spec(cfg)) + (_module_leaves(cfg) if mtp else [])
+    heads = modules + (1 if cfg.tie_embeddings else 0)
+    matmul = sum(_visited(cfg, spec) for spec in specs if spec.n_in) + heads * cfg.vocab_size * cfg.d_model
+    kinds = (*cfg.layers, *(cfg.layers[-1:] * modules))
+    attention = sum(_mean_keys(kind, sequence_length) * _attention_width(cfg, kind) for kind in kinds)
     return (2.0 * matmul + 2.0 * attention) * (3.0 if backward else 1.0)
 
 

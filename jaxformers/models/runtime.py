@@ -53,9 +53,11 @@ class Runtime:
     run_stack: Callable[..., Any] | None = None
     run_loss: Callable[..., Any] | None = None
 
-    def rematerialize(self, body: Callable[..., Any]) -> Callable[..., Any]:
-        """`body` whose backward pass recomputes what `remat` says."""
+    def rematerialize(self, body: Callable[..., Any], *, scanned: bool | None = None) -> Callable[..., Any]:
+        """`body` whose backward pass recomputes what `remat` says. scanned: whether it runs inside a scan; None: as
+        `layers` says."""
         if self.remat == "none":
             return body
+        scanned = self.layers == "scan" if scanned is None else scanned
         # The barrier that stops CSE from undoing the recomputation is not needed inside a scan.
-        return jax.checkpoint(body, policy=POLICIES[self.remat], prevent_cse=self.layers == "unroll")
+        return jax.checkpoint(body, policy=POLICIES[self.remat], prevent_cse=not scanned)

@@ -114,7 +114,8 @@ class Pipeline:
         """A loss behind the stack whose gradient is taken while microbatches are still under way (1F1B,
         arXiv:1806.03377).
 
-        The value is rates[0] x the losses of `last`, plus all sums weighted by rates[1] (a scalar for each leaf); then
+        The value is rates[0] x the losses of `last` (one, or several in a vector as rates[0] then is), plus all sums
+        weighted by rates[1] (a scalar for each leaf); then
         the sums of the stages [R, ...], those of `last`, and its further ones. A stage keeps the inputs of at most
         2n - 1 microbatches and recomputes the rest.
         """
@@ -230,7 +231,7 @@ def _map_pipelined(function: Callable[[Any], Any], params: Params, cfg: ModelCon
 
 def _weighted(rates: Any, value: jax.Array, *sums: Any) -> jax.Array:
     parts = [jax.tree.map(lambda rate, a: (rate * a).sum(), _like(rates[1], found), found) for found in sums]
-    return sum(jax.tree.leaves(parts), rates[0] * value)
+    return sum(jax.tree.leaves(parts), (rates[0] * value).sum())
 
 
 def _like(rates: Any, sums: Any) -> Any:

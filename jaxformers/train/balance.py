@@ -28,7 +28,8 @@ def shift_expert_biases(
 ) -> Params:
     """The parameters with every selection bias moved by rate x sign(mean load - load).
 
-    load float32 [sparse layers, E] counts the visits of a whole batch, which float32 does exactly up to 2^24 a layer.
+    load float32 [sparse layers, E] counts the visits of a whole batch, which float32 does exactly up to 2^24 a layer;
+    modules for multi-token prediction come last, if they were run.
     params is the plain tree or `layout.unstack`'s; slots: which repeat each place of the longest stack holds, where
     they are not in the model's order.
     """
@@ -39,6 +40,9 @@ def shift_expert_biases(
         bias = p["ffn"]["select_b"]
         return p | {"ffn": p["ffn"] | {"select_b": bias + shift[rows].astype(bias.dtype)}}
 
+    if len(load) > len(sparse):
+        modules = enumerate(params["mtp"], start=len(sparse))
+        params = params | {"mtp": [p | {"layer": shifted(p["layer"], row)} for row, p in modules]}
     if "blocks" in params:
         blocks = list(params["blocks"])
         for row, layer in enumerate(sparse):

@@ -34,6 +34,7 @@ from jaxformers.parallel.mesh import (
     sharder,
 )
 from jaxformers.parallel.pipeline import Pipeline, plan_pipeline
+from jaxformers.train.ahead import look_ahead
 from jaxformers.train.balance import check_expert_bias, shift_expert_biases
 from jaxformers.train.config import (
     GuardConfig,
@@ -44,7 +45,7 @@ from jaxformers.train.config import (
     TrainConfig,
 )
 from jaxformers.train.loop import Program
-from jaxformers.train.losses import chunk_length, eval_sums, lm_loss
+from jaxformers.train.losses import Batch, chunk_length, eval_sums, lm_loss
 from jaxformers.train.optim import make_optimizer
 from jaxformers.train.schedules import make_schedule
 from jaxformers.train.state import TrainState, abstract_state, map_params, new_state, state_shardings
@@ -267,6 +268,7 @@ class Trainer:
             ema_decay=self.train.ema_decay,
             balance=self._balance,
             place_gradient=self._place_gradient,
+            extend=self._look_ahead,
         )
         peak = peak_flops(self.mesh.devices.flat[0], self.runtime.dtype)
         return Program(
@@ -274,9 +276,20 @@ class Trainer:
             evaluate=jax.jit(self._with_settings(eval_sums, rows=rows)),
             to_plain=self.to_plain,
             tokens_per_step=self.train.batch_size * self.sequence_length,
-            flops_per_token=flops_per_token(self.cfg, self.sequence_length),
+            flops_per_token=flops_per_token(self.cfg, self.sequence_length, mtp=self.runs_mtp),
             peak_flops=None if peak is None else peak * self.mesh.size,
         )
+
+    @property
+    def runs_mtp(self) -> bool:
+        """Whether modules for multi-token prediction are trained."""
+        return self.cfg.mtp_modules > 0 and self.loss.mtp_loss > 0
+
+    def _look_ahead(self, batch: Batch) -> Batch:
+        """The batch with what modules for multi-token prediction need."""
+        if not self.runs_mtp:
+            return batch
+        return look_ahead(batch, self.cfg.mtp_modules, order=self.column_order, shard=self._runtime.shard)
 
     @property
     def _balance(self) -> Callable[[Params, jax.Array], Params] | None:

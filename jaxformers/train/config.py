@@ -118,6 +118,12 @@ class LossConfig(BaseModel):
         "row", description="Balance experts within each row, or over all rows of a microbatch (arXiv:2501.11873)."
     )
     router_z_loss: float = Field(0.0, ge=0, description="Weight of the router's z-loss (arXiv:2202.08906).")
+    mtp_loss: float = Field(
+        0.3,
+        ge=0,
+        description="Weight of multi-token prediction (arXiv:2412.19437), the mean over a model's modules for it, of "
+        "models that have some; 0: they are not run.",
+    )
     expert_bias_rate: float = Field(
         0.0,
         ge=0,

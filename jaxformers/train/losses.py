@@ -5,14 +5,14 @@ B batch, T time, C chunk of time, D model, V vocabulary
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from jaxformers.models.config import ModelConfig, longest_stack, plan_stacks
+from jaxformers.models.config import LayerKind, ModelConfig, longest_stack, plan_stacks
 from jaxformers.models.decoder import (
     embed,
     gather_shared,
@@ -22,6 +22,7 @@ from jaxformers.models.decoder import (
     run_stacks,
     unembed,
 )
+from jaxformers.models.mtp import run_modules
 from jaxformers.models.params import Params
 from jaxformers.models.routing import MoEStats, concat_layers, each_layer
 from jaxformers.models.runtime import Runtime
@@ -29,6 +30,7 @@ from jaxformers.train.config import LossConfig
 
 Batch = Mapping[str, jax.Array]
 HEAD = ("embed", "lm_head", "lm_head_b", "final_norm")
+MTP = ("mtp", "positions", "embed_norm")  # what modules for multi-token prediction need beside the head
 
 
 @flax.struct.dataclass
@@ -48,7 +50,8 @@ class Totals:
 class Sums:
     """Sums over a batch's targets: negative log-likelihood in nats, logsumexp^2, hits of the likeliest token,
     weights; and over its tokens and sparse layers: the experts' losses, visits that were dropped, and load [sparse
-    layers, E] (None without experts)."""
+    layers, E] (None without experts). mtp is the loss of multi-token prediction, a sum over microbatches alone (None
+    where there is none)."""
 
     nll: jax.Array
     z: jax.Array
@@ -58,6 +61,7 @@ class Sums:
     router_z: jax.Array | None = None
     dropped: jax.Array | None = None
     load: jax.Array | None = None
+    mtp: jax.Array | None = None
 
 
 def token_sums(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> Sums:
@@ -87,7 +91,8 @@ def lm_loss(
     """This microbatch's share of the loss to minimise, and its sums.
 
     Shares of all microbatches add up to the loss of the batch whose `totals` are given: cross-entropy and z-loss per
-    weighted target, the experts' losses per token and sparse layer. `chunk` is as `chunk_length` gives it.
+    weighted target, the experts' losses per token and sparse layer, and, for a batch that `ahead.look_ahead` made, that
+    of multi-token prediction, whose sparse layers are then among those. `chunk` is as `chunk_length` gives it.
     """
     params = gather_shared(params, cfg, runtime)
     if runtime.run_loss is not None:
@@ -97,11 +102,41 @@ def lm_loss(
     )
     head = {name: params[name] for name in HEAD if name in params}
     loss, sums = head_loss(head, hidden.x, batch, cfg, runtime, z_weight=config.z_loss, chunk=chunk)
-    loss /= totals.weight
-    if hidden.moe is not None:
-        balance, router_z = expert_losses(hidden.moe, Totals.of(batch).tokens, config)
+    loss, stats = loss / totals.weight, hidden.moe
+    if _looks_ahead(batch):
+        mtp, further = further_loss(params, hidden.x, batch, cfg, runtime, chunk=chunk)
+        loss, stats, sums = loss + config.mtp_loss * mtp, concat_layers([stats, further]), sums.replace(mtp=mtp)
+    if stats is not None:
+        balance, router_z = expert_losses(stats, Totals.of(batch).tokens, config)
         loss += (config.balance_loss * balance + config.router_z_loss * router_z) / totals.tokens
-    return loss, _with_experts(sums, hidden.moe, batch, config)
+    return loss, _with_experts(sums, stats, batch, config)
+
+
+def _looks_ahead(batch: Batch) -> bool:
+    return "mtp_tokens" in batch
+
+
+def further_loss(
+    params: Params, x: jax.Array, batch: Batch, cfg: ModelConfig, runtime: Runtime, *, chunk: int | None
+) -> tuple[jax.Array, MoEStats | None]:
+    """The loss of multi-token prediction over the decoder's hidden states x [B, T, D], and the statistics of its sparse
+    layers: cross-entropy, weighted as `ahead.look_ahead` says, without a z-loss.
+    """
+    states, stats = run_modules(
+        params,
+        x,
+        cfg,
+        batch["mtp_tokens"],
+        positions=batch["positions"],
+        segment_ids=batch["mtp_segment_ids"],
+        runtime=runtime,
+    )
+    losses = []
+    for m, (p, y) in enumerate(zip(params["mtp"], states, strict=True)):
+        head = {name: params[name] for name in HEAD if name in params} | {"final_norm": p["norm"]}
+        rows = {name: batch[f"mtp_{name}"][..., m] for name in ("targets", "weights")}
+        losses.append(head_loss(head, y, rows, cfg, runtime, z_weight=0.0, chunk=chunk)[0])
+    return sum(losses[1:], losses[0]), stats
 
 
 def _with_experts(sums: Sums, stats: MoEStats | None, batch: Batch, config: LossConfig) -> Sums:
@@ -111,9 +146,10 @@ def _with_experts(sums: Sums, stats: MoEStats | None, batch: Batch, config: Loss
     return sums.replace(balance=balance, router_z=router_z, dropped=stats.dropped.sum(), load=stats.load)
 
 
-def _expert_rates(totals: Totals, cfg: ModelConfig, config: LossConfig) -> MoEStats | None:
-    """What a unit of each of a sparse layer's sums adds to the loss, where that is linear in them."""
-    layers = sum(kind.ffn == "moe" for kind in cfg.layers)
+def _expert_rates(totals: Totals, kinds: Sequence[LayerKind], config: LossConfig) -> MoEStats | None:
+    """What a unit of each of a sparse layer's sums adds to the loss, where that is linear in them, of layers of these
+    kinds."""
+    layers = sum(kind.ffn == "moe" for kind in kinds)
     if not layers:
         return None
     assert config.balance_over == "row"
@@ -146,16 +182,20 @@ def _pipelined_loss(
     def last(tail: Params, x: jax.Array, rows: Batch) -> tuple[jax.Array, MoEStats | None, Sums]:
         ctx = make_context(cfg, runtime, rows["positions"], rows["segment_ids"])
         x, stats = run_stacks(tail["layers"], x, ctx, cfg, runtime, first=k + 1)
-        head = {name: leaf for name, leaf in tail.items() if name != "layers"}
+        head = {name: tail[name] for name in HEAD if name in tail}
         loss, sums = head_loss(head, x, rows, cfg, runtime, z_weight=config.z_loss, chunk=chunk)
-        return loss, stats, sums
+        if not ahead:
+            return loss, stats, sums
+        mtp, further = further_loss(tail, x, rows, cfg, runtime, chunk=chunk)
+        return jnp.stack([loss, mtp]), concat_layers([stats, further]), sums.replace(mtp=mtp)
 
-    tail = {name: params[name] for name in HEAD if name in params} | {"layers": params["layers"][k + 1 :]}
+    ahead = _looks_ahead(batch)
+    behind_stack = (*HEAD, *(MTP if ahead else ()))
+    tail = {name: params[name] for name in behind_stack if name in params} | {"layers": params["layers"][k + 1 :]}
     rows = {name: a for name, a in batch.items() if name != "tokens"}
-    rates = _expert_rates(totals, cfg, config)
-    loss, (own, behind, sums) = runtime.run_loss(
-        stage, last, params["layers"][k], tail, x, rows, (1 / totals.weight, rates)
-    )
+    rates = _expert_rates(totals, cfg.layers + (cfg.layers[-1:] * cfg.mtp_modules if ahead else ()), config)
+    of_loss = jnp.stack([1 / totals.weight, jnp.float32(config.mtp_loss)]) if ahead else 1 / totals.weight
+    loss, (own, behind, sums) = runtime.run_loss(stage, last, params["layers"][k], tail, x, rows, (of_loss, rates))
     if before is not None:
         assert rates is not None
         loss += rates.balance * before.balance.sum() + rates.router_z * before.router_z.sum()

@@ -71,16 +71,19 @@ def make_train_step(
     ema_decay: float | None = None,
     balance: Callable[[Params, jax.Array], Params] | None = None,
     place_gradient: Callable[[Params], Params] = lambda grads: grads,
+    extend: Callable[[Batch], Batch] = lambda batch: batch,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The function (state, batch) -> (state after one update, metrics as float32 scalars).
 
     schedule is the one `tx` follows, to be reported. guard says which updates are left out. grad_norm is the global
     norm before clipping to `clip_norm`.
     balance(parameters, load [sparse layers, E]) moves, after the optimizer, what it does not: experts' biases.
-    place_gradient pins a microbatch's gradient to its place on the mesh.
+    place_gradient pins a microbatch's gradient to its place on the mesh. extend gives the batch what the loss needs
+    beside it, before it is split.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        batch = extend(batch)
         value, sums, grads = value_and_gradient(
             loss, state.params, batch, accumulation=accumulation, place_gradient=place_gradient
         )
@@ -110,6 +113,8 @@ def make_train_step(
 def mean_metrics(sums: Sums, totals: Totals) -> Metrics:
     """Per-target means: `loss` is the cross-entropy in nats, `accuracy` the share of targets that were likeliest."""
     metrics = {"loss": sums.nll / totals.weight, "accuracy": sums.correct / totals.weight, "targets": sums.weight}
+    if sums.mtp is not None:
+        metrics["mtp_loss"] = sums.mtp
     if sums.load is not None:
         # The busiest expert's load relative to an even one, in the worst layer: 1 is perfect balance.
         metrics["expert_load_max"] = (sums.load.max(axis=-1) / jnp.maximum(sums.load.mean(axis=-1), 1e-9)).max()

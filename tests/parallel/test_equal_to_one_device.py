@@ -75,6 +75,8 @@ MODELS = {
     },
 }
 
+MODELS["mtp"] = MODELS["mla"] | {"num_nextn_predict_layers": 2}
+
 
 @dataclass(frozen=True)
 class Run:

@@ -55,6 +55,7 @@ MODELS = {
         "routed_scaling_factor": 1.5,
     },
 }
+MODELS["mtp"] = MODELS["mla, dense first"] | {"num_nextn_predict_layers": 1}
 PP2, PP4 = {"pp": 2}, {"pp": 4}
 INTERLEAVED, ONE_F_ONE_B = {"pipeline": "interleaved"}, {"pipeline": "1f1b"}
 BIAS, GLOBAL = (("expert_bias_rate", 0.05),), (("balance_over", "batch"),)
