@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import sys
+import traceback
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -67,8 +68,9 @@ def train(
 
     resolved = load_config(config, overrides or [])
     from jaxformers.parallel import distributed
+    from jaxformers.parallel.processes import find_processes
 
-    distributed.start(distributed.find_processes(coordinator=coordinator, index=process_id, count=num_processes))
+    distributed.start(find_processes(coordinator=coordinator, index=process_id, count=num_processes))
     from jaxformers import training
 
     if dry_run:
@@ -264,13 +266,21 @@ def main() -> None:
     try:
         _set_up_unless_help()
         app()
-    except (ValueError, OSError) as error:
-        if os.environ.get("JAXFORMERS_DEBUG"):
-            raise
-        print(f"jaxformers: {_one_line(error)}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(130)
+        _leave(130)
+    except Exception as error:
+        if isinstance(error, (ValueError, OSError)) and not os.environ.get("JAXFORMERS_DEBUG"):
+            print(f"jaxformers: {_one_line(error)}", file=sys.stderr)
+            _leave(2)
+        traceback.print_exc()
+        _leave(1)
+
+
+def _leave(status: int) -> None:
+    """Ends the process, which may be one of several; without jax where it has not been needed."""
+    if (distributed := sys.modules.get("jaxformers.parallel.distributed")) is not None:
+        distributed.leave(status)
+    sys.exit(status)
 
 
 def _set_up_unless_help() -> None:
