@@ -3,6 +3,7 @@
 Processes are started once and train one small model after the other, as starting them takes longer than that.
 """
 
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from several import curve_of, train_all, validation_of
+from several import curve_of, metrics_of, tokens_fed, train_all, validation_of
 from tiny import LLAMA, random_params, relative_error, run_config, write_corpus
 
 from jaxformers.api import Model, load, save_pretrained
@@ -146,3 +147,44 @@ def test_every_parallelism_across_processes_trains_as_one_device_does(alone, pro
         except AssertionError as error:
             failed.append(f"{name}: {error}")
     assert not failed, "\n".join(failed)
+
+
+RESUMES = [(2, 1), (4, 1), (1, 2), (2, 2), (1, 4), (2, 4)]
+HALF, WHOLE = 3, 6
+
+
+def half(folder: Path, name: str, *, steps: int) -> dict[str, Any]:
+    """A run over all devices there are, up to a step."""
+    return settings(
+        folder,
+        name,
+        "dense",
+        model=LLAMA | {"num_hidden_layers": 1},
+        mesh=ONE | {"fsdp": "auto"},
+        train={"steps": steps, "eval_batches": 0},
+        schedule={"name": "constant", "warmup_steps": 0},
+    )
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_any_number_of_processes_over_the_same_tokens_to_the_same_losses(tmp_path):
+    write_corpus(tmp_path / "corpus.jsonl")
+    train_all([half(tmp_path, "whole", steps=WHOLE)], processes=1, devices=2)
+    for count in (1, 2, 4):
+        train_all([half(tmp_path, f"from {count}", steps=HALF)], processes=count, devices=2)
+        shards = [tmp_path / f"from {count}/checkpoints/{HALF}/state/ocdbt.process_{i}" for i in range(count)]
+        sizes = [sum(file.stat().st_size for file in shard.rglob("*") if file.is_file()) for shard in shards]
+        assert min(sizes) > 0.5 * max(sizes) > 10_000, "every process wrote its part"
+    for count in (1, 2, 4):
+        goes_on = [(before, f"{before} to {count}") for before, after in RESUMES if after == count]
+        for before, name in goes_on:
+            shutil.copytree(tmp_path / f"from {before}", tmp_path / name)
+        train_all([half(tmp_path, name, steps=WHOLE) for _, name in goes_on], processes=count, devices=2)
+    truth = tokens_fed(tmp_path / "whole", step=WHOLE, processes=1)
+    assert truth.shape == (WHOLE, 8, 32)
+    for before, after in RESUMES:
+        run = tmp_path / f"{before} to {after}"
+        parts = [tokens_fed(run, step=step, processes=n) for step, n in ((HALF, before), (WHOLE, after))]
+        np.testing.assert_array_equal(np.concatenate(parts), truth, err_msg=run.name)
+        np.testing.assert_allclose(curve_of(run), curve_of(tmp_path / "whole"), rtol=TOLERANCE, err_msg=run.name)
+        assert [line["step"] for line in metrics_of(run)] == list(range(1, WHOLE + 1)), "one writer"
