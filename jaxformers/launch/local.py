@@ -6,6 +6,7 @@ They are told who they are by environment variables that `parallel.distributed` 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -57,11 +58,19 @@ def launch(arguments: Sequence[str], *, processes: int) -> int:
             signal.signal(number, handler)
     if failed is None:
         return 0
-    status = failed.process.returncode
+    print(_last_words(failed, children), file=sys.stderr, flush=True)
+    return max(failed.process.returncode, 1)
+
+
+def _last_words(failed: Child, children: Sequence[Child]) -> str:
+    """Who failed and what it said last. Where the one that failed only noticed that others hang, they are named."""
+    text, count, status = "".join(failed.errors), len(children), failed.process.returncode
+    if silent := re.search(r"stopped sending heartbeats\):\s*((?:\d+\s)+)", text):
+        numbers = [int(number) for number in silent[1].split()]
+        said = "".join(line for number in numbers for line in children[number].errors)
+        return f"{said}jaxformers: process {', '.join(map(str, numbers))} of {count} does not answer any more"
     how = f"exit status {status}" if status > 0 else signal.Signals(-status).name
-    print(f"jaxformers: process {failed.index} of {processes} ended with {how}:", file=sys.stderr)
-    print("".join(failed.errors), end="", file=sys.stderr, flush=True)
-    return status if status > 0 else 1
+    return f"jaxformers: process {failed.index} of {count} ended with {how}:\n{text}".rstrip("\n")
 
 
 def _free_port() -> int:

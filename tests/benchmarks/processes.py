@@ -2,9 +2,9 @@
 
     python tests/benchmarks/processes.py [--rows 4] [--length 256] [--rounds 5] [--steps 3] [--hidden 512]
 
-Both train a small Llama in float32 with AdamW, data parallel (`mesh.dp=2`), whose gradients are summed over gloo. They are
-started once and take their rounds turn by turn, while the other waits. Printed are tokens per second and core of each
-round, the medians, and their ratio; the floor is 0.8.
+Both train a small Llama in float32 with AdamW, the two data parallel (`mesh.dp=2`), their gradients summed over gloo.
+They are started once and take their rounds turn by turn, while the other waits. Printed are tokens per second and core
+of each round, the medians, and their ratio; the floor is 0.8.
 """
 
 from __future__ import annotations

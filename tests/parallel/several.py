@@ -26,11 +26,11 @@ def free_port() -> int:
 
 def start(command: Sequence[str], *, devices: int = 1, **variables: str) -> subprocess.Popen:
     """`python COMMAND` with so many CPU devices; what it says as errors can be read from it."""
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"} | variables
+    ours = {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [sys.executable, *command],
         cwd=ROOT,
-        env=environment | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | ours | variables,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
