@@ -24,13 +24,14 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start(command: Sequence[str], *, devices: int = 1, **variables: str) -> subprocess.Popen:
+def start(command: Sequence[str], *, devices: int = 1, stdin: int | None = None, **variables: str) -> subprocess.Popen:
     """`python COMMAND` with so many CPU devices; what it says as errors can be read from it."""
     ours = {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [sys.executable, *command],
         cwd=ROOT,
         env=os.environ | ours | variables,
+        stdin=stdin,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,

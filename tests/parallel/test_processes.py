@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 import yaml
-from several import free_port
+from several import end, free_port, start
 from tiny import relative_error, run_config
 
 from jaxformers.api import load
@@ -69,6 +69,37 @@ def test_without_process_0_the_others_say_so(monkeypatch):
     port = free_port()
     with pytest.raises(ValueError, match=f"process 0 did not answer at 127.0.0.1:{port} within 0.2 seconds"):
         meet(f"127.0.0.1:{port}", index=1, count=2, seconds=0.2)
+
+
+WAITER = """
+import sys
+import jax
+from jaxformers.parallel import distributed
+from jaxformers.parallel.processes import find_processes
+
+distributed.start(find_processes())
+if jax.process_index() == 1:
+    sys.stdin.read()  # alive, and late
+    distributed.leave(0)
+try:
+    distributed.wait_for_all("open its data", seconds=1)
+except ValueError as error:
+    print(error, file=sys.stderr)
+    distributed.leave(2)
+"""
+
+
+def test_a_barrier_gives_up_and_says_who_is_missing():
+    coordinator = f"127.0.0.1:{free_port()}"
+    told = {"JAX_COORDINATOR_ADDRESS": coordinator, "JAX_NUM_PROCESSES": "2"}
+    late = start(["-c", WAITER], stdin=subprocess.PIPE, JAX_PROCESS_ID="1", **told)
+    first = start(["-c", WAITER], JAX_PROCESS_ID="0", **told)
+    try:
+        _, errors = first.communicate(timeout=60)
+    finally:
+        end([first, late])
+    assert first.returncode == 2
+    assert errors.splitlines()[-1] == "process 1 of 2 did not open its data within 1 seconds after the first"
 
 
 def command(folder: Path, *arguments: str, devices: int, **sections) -> subprocess.Popen:
