@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import sys
+import traceback
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -67,8 +68,9 @@ def train(
 
     resolved = load_config(config, overrides or [])
     from jaxformers.parallel import distributed
+    from jaxformers.parallel.processes import find_processes
 
-    distributed.start(distributed.find_processes(coordinator=coordinator, index=process_id, count=num_processes))
+    distributed.start(find_processes(coordinator=coordinator, index=process_id, count=num_processes))
     from jaxformers import training
 
     if dry_run:
@@ -264,20 +266,30 @@ def main() -> None:
     try:
         _set_up_unless_help()
         app()
-    except RuntimeError as error:
-        from jaxformers.train.watch import Diverged
-
-        if not isinstance(error, Diverged):
-            raise
-        print(f"jaxformers: {_one_line(error)}", file=sys.stderr)
-        sys.exit(1)
-    except (ValueError, OSError) as error:
-        if os.environ.get("JAXFORMERS_DEBUG"):
-            raise
-        print(f"jaxformers: {_one_line(error)}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(130)
+        _leave(130)
+    except Exception as error:
+        if isinstance(error, (ValueError, OSError)) and not os.environ.get("JAXFORMERS_DEBUG"):
+            print(f"jaxformers: {_one_line(error)}", file=sys.stderr)
+            _leave(2)
+        if _is_divergence(error):
+            print(f"jaxformers: {_one_line(error)}", file=sys.stderr)
+        else:
+            traceback.print_exc()
+        _leave(1)
+
+
+def _is_divergence(error: Exception) -> bool:
+    """Whether the run's own guards ended it; nothing of it is loaded for other verbs."""
+    watch = sys.modules.get("jaxformers.train.watch")
+    return watch is not None and isinstance(error, watch.Diverged)
+
+
+def _leave(status: int) -> None:
+    """Ends the process, which may be one of several; without jax where it has not been needed."""
+    if (distributed := sys.modules.get("jaxformers.parallel.distributed")) is not None:
+        distributed.leave(status)
+    sys.exit(status)
 
 
 def _set_up_unless_help() -> None:

@@ -28,7 +28,7 @@ from jaxformers.families.common import without_mtp
 from jaxformers.generation import generate
 from jaxformers.models.config import ModelConfig
 from jaxformers.models.params import count_params, flops_per_token
-from jaxformers.parallel.distributed import is_first
+from jaxformers.parallel.distributed import differing, is_first, wait_for_all
 from jaxformers.parallel.mesh import batch_sharding, batch_shards, make_mesh
 from jaxformers.train.build import Trainer
 from jaxformers.train.checkpoint import Checkpointer
@@ -151,6 +151,7 @@ def fit(
         config = load_config(config.model_dump(mode="json"), overrides)
     console = console or Console(stderr=True, quiet=not is_first())
     setup = prepare_run(config)
+    _check_same_everywhere(config.model_dump_json(), "config", done="read its config")
     run_dir = Path(config.run_dir).expanduser()
     with ExitStack() as stack:
         stack.enter_context(jax.set_mesh(setup.mesh))
@@ -163,6 +164,9 @@ def fit(
             _check_same_model(checkpoints, resume_step, setup.cfg, tokenizer)
         corpus = _open_corpus(config, tokenizer, console)
         _say_corpus(corpus.report, console)
+        _check_same_everywhere(
+            f"{corpus.train.fingerprint} {corpus.validation.fingerprint}", "data", done="open its data"
+        )
         feed = _feed(setup, corpus)
         state = _first_state(setup, checkpoints, resume_step, feed.batches, console)
         # Only now is it certain that the run may go on here: what it says of itself is left as it was until then.
@@ -175,6 +179,13 @@ def fit(
     model = Model(setup.cfg, result.state.params, tokenizer, setup.mesh, config.runtime.dtype, meta["generation"])
     samples = tuple(_samples(model, config)) if result.stopped is None else ()
     return FitResult(run_dir, model, result.step, result.metrics, result.validation, samples, result.stopped)
+
+
+def _check_same_everywhere(value: str, name: str, *, done: str) -> None:
+    """ValueError where processes, on machines of their own, do not mean the same run."""
+    wait_for_all(done)
+    if others := differing(value):
+        raise ValueError(f"process {', '.join(map(str, others))} has another {name} than process 0; all need the same")
 
 
 def _resume_step(config: RunConfig, checkpoints: Checkpointer, console: Console) -> int | None:

@@ -6,6 +6,7 @@ They are told who they are by environment variables that `parallel.distributed` 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -19,17 +20,20 @@ from typing import IO
 
 GRACE_SECONDS = 10.0  # between asking a process to end and ending it
 POLL_SECONDS = 0.1
+SETTLE_SECONDS = 0.5  # until all who fail of the same have been seen to
 LINES_KEPT = 30
 
 
 @dataclass
 class Child:
-    """A process, the threads that pass on what it says, and the last of what it said as errors."""
+    """A process, the threads that watch it and pass on what it says, the last of what it said as errors, and when it
+    failed, if it did."""
 
     index: int
     process: subprocess.Popen[str]
     threads: list[threading.Thread] = field(default_factory=list)
     errors: deque[str] = field(default_factory=lambda: deque(maxlen=LINES_KEPT))
+    failed_at: float | None = None
 
 
 def launch(arguments: Sequence[str], *, processes: int) -> int:
@@ -54,11 +58,19 @@ def launch(arguments: Sequence[str], *, processes: int) -> int:
             signal.signal(number, handler)
     if failed is None:
         return 0
-    status = failed.process.returncode
+    print(_last_words(failed, children), file=sys.stderr, flush=True)
+    return max(failed.process.returncode, 1)
+
+
+def _last_words(failed: Child, children: Sequence[Child]) -> str:
+    """Who failed and what it said last. Where the one that failed only noticed that others hang, they are named."""
+    text, count, status = "".join(failed.errors), len(children), failed.process.returncode
+    if silent := re.search(r"stopped sending heartbeats\):\s*((?:\d+\s)+)", text):
+        numbers = [int(number) for number in silent[1].split()]
+        said = "".join(line for number in numbers for line in children[number].errors)
+        return f"{said}jaxformers: process {', '.join(map(str, numbers))} of {count} does not answer any more"
     how = f"exit status {status}" if status > 0 else signal.Signals(-status).name
-    print(f"jaxformers: process {failed.index} of {processes} ended with {how}:", file=sys.stderr)
-    print("".join(failed.errors), end="", file=sys.stderr, flush=True)
-    return status if status > 0 else 1
+    return f"jaxformers: process {failed.index} of {count} ended with {how}:\n{text}".rstrip("\n")
 
 
 def _free_port() -> int:
@@ -81,6 +93,7 @@ def _start(arguments: Sequence[str], coordinator: str, index: int, count: int) -
     child = Child(index, process)
     assert process.stderr is not None
     child.threads.append(threading.Thread(target=_pass_on, args=(child, process.stderr), daemon=True))
+    child.threads.append(threading.Thread(target=_watch, args=(child,), daemon=True))
     for thread in child.threads:
         thread.start()
     return child
@@ -94,6 +107,11 @@ def _pass_on(child: Child, stream: IO[str]) -> None:
         sys.stderr.flush()
 
 
+def _watch(child: Child) -> None:
+    if child.process.wait():
+        child.failed_at = time.monotonic()
+
+
 def _forward(children: Sequence[Child]) -> object:
     def forward(number: int, _frame: object) -> None:
         for child in children:
@@ -105,16 +123,12 @@ def _forward(children: Sequence[Child]) -> object:
 
 def _wait(children: Sequence[Child]) -> Child | None:
     """The first process that failed, as soon as it did; None once all have ended well."""
-    while True:
-        running = False
-        for child in children:
-            status = child.process.poll()
-            if status:
-                return child
-            running |= status is None
-        if not running:
+    while all(child.failed_at is None for child in children):
+        if all(child.process.returncode == 0 for child in children):
             return None
         time.sleep(POLL_SECONDS)
+    time.sleep(SETTLE_SECONDS)  # the others fail of its silence at once
+    return min((child for child in children if child.failed_at is not None), key=lambda child: child.failed_at or 0.0)
 
 
 def _end(children: Sequence[Child]) -> None:

@@ -22,6 +22,7 @@ from jaxformers.models.layout import block_spec, stack, unstack
 from jaxformers.models.params import Params, flops_per_token, init_params, model_spec
 from jaxformers.models.runtime import Runtime
 from jaxformers.parallel.context import column_order, make_attend
+from jaxformers.parallel.distributed import together
 from jaxformers.parallel.experts import mesh_experts
 from jaxformers.parallel.hardware import peak_flops
 from jaxformers.parallel.mesh import (
@@ -232,14 +233,15 @@ class Trainer:
         """The state to run from, of one in the form that checkpoints hold, which is used up."""
         if self._is_plain:
             return state
-        return jax.jit(partial(map_params, self._inward), out_shardings=self._places)(state)
+        inward = jax.jit(partial(map_params, self._inward), out_shardings=self._places)
+        return together(inward, "compile the way from a checkpoint")(state)
 
     def to_plain(self, state: TrainState) -> TrainState:
         """The form that checkpoints hold, of a state to run from, which stays."""
         if self._is_plain:
             return state
         outward = partial(map_params, self._outward)
-        return jax.jit(outward, out_shardings=state_shardings(self.plain_state))(state)
+        return together(jax.jit(outward, out_shardings=state_shardings(self.plain_state)), "compile the save")(state)
 
     @property
     def _donated(self) -> tuple[int, ...]:
@@ -272,8 +274,8 @@ class Trainer:
         )
         peak = peak_flops(self.mesh.devices.flat[0], self.runtime.dtype)
         return Program(
-            step=jax.jit(step, donate_argnums=0, out_shardings=(self._places, None)),
-            evaluate=jax.jit(self._with_settings(eval_sums, rows=rows)),
+            step=together(jax.jit(step, donate_argnums=0, out_shardings=(self._places, None)), "compile the step"),
+            evaluate=together(jax.jit(self._with_settings(eval_sums, rows=rows)), "compile the evaluation"),
             to_plain=self.to_plain,
             tokens_per_step=self.train.batch_size * self.sequence_length,
             flops_per_token=flops_per_token(self.cfg, self.sequence_length, mtp=self.runs_mtp),

@@ -14,66 +14,11 @@ import jax
 import numpy as np
 import pytest
 import yaml
+from several import end, free_port, start
 from tiny import relative_error, run_config
 
 from jaxformers.api import load
-from jaxformers.parallel.distributed import Processes, find_processes
 from jaxformers.parallel.rendezvous import meet
-
-
-def test_a_process_without_arguments_or_variables_is_alone():
-    assert find_processes(environment={}) is None
-    assert find_processes(environment={"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}) is None, "not started by srun"
-
-
-def test_arguments_come_before_variables():
-    variables = {"MASTER_ADDR": "node0", "MASTER_PORT": "29500", "RANK": "3", "WORLD_SIZE": "4"}
-    assert find_processes(environment=variables) == Processes(4, 3, "node0:29500")
-    given = find_processes(coordinator="host:99", index=1, count=2, environment=variables)
-    assert given == Processes(2, 1, "host:99")
-
-
-@pytest.mark.parametrize(
-    "variables, found",
-    [
-        (
-            {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_PROCESS_ID": "0", "JAX_NUM_PROCESSES": "2"},
-            Processes(2, 0, "a:1"),
-        ),
-        (
-            {"COORDINATOR_ADDRESS": "job-0", "COORDINATOR_PORT": "80", "PROCESS_ID": "1", "NUM_PROCESSES": "2"},
-            Processes(2, 1, "job-0:80"),
-        ),
-        ({"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8"}, Processes(8, 5, None, "slurm")),
-        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}, Processes(2, 1, None, "ompi")),
-    ],
-)
-def test_schedulers_say_who_a_process_is(variables, found):
-    assert find_processes(environment=variables) == found
-
-
-@pytest.mark.parametrize(
-    "given, message",
-    [
-        (
-            {"index": 0},
-            "--coordinator and --num-processes must be given too: processes need all of --coordinator, --process-id, "
-            "--num-processes",
-        ),
-        ({"coordinator": "host", "index": 0, "count": 2}, "coordinator 'host' is not of the form HOST:PORT"),
-        ({"coordinator": "a:1", "index": 2, "count": 2}, "process 2 of 2 does not exist; the first is 0, the last 1"),
-    ],
-)
-def test_arguments_that_do_not_fit_are_refused(given, message):
-    with pytest.raises(ValueError) as caught:
-        find_processes(environment={}, **given)
-    assert str(caught.value) == message
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_processes_meet_and_leave_the_port_free():
@@ -85,14 +30,76 @@ def test_processes_meet_and_leave_the_port_free():
         pass
 
 
-def test_those_who_do_not_come_in_time_are_named():
+@pytest.mark.parametrize(
+    "who, message",
+    [
+        ([(0, 4), (2, 4)], r"process 1, 3 of 4 did not come to port \d+ within 1 seconds"),
+        ([(0, 3), (1, 3), (1, 3)], "two processes say that they are process 1 of 3"),
+        ([(0, 2), (1, 3)], "process 1 says that there are 3 processes, process 0 says 2"),
+    ],
+)
+def test_all_who_are_there_hear_who_does_not_come_or_is_not_who_it_should_be(who, message):
+    address = f"127.0.0.1:{free_port()}"
+    with ThreadPoolExecutor() as pool:
+        waits = [pool.submit(meet, address, index=index, count=count, seconds=1) for index, count in who]
+    for wait in waits:
+        with pytest.raises(ValueError, match=message):
+            wait.result()
+
+
+def test_who_says_nothing_or_nonsense_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr("jaxformers.parallel.rendezvous.HELLO_SECONDS", 0.1)
     port = free_port()
     with ThreadPoolExecutor() as pool:
-        waits = [pool.submit(meet, f"127.0.0.1:{port}", index=i, count=4, seconds=0.5) for i in (0, 2)]
-        with pytest.raises(ValueError, match=rf"process 1, 3 of 4 did not come to port {port} within 0\.5 seconds"):
-            waits[0].result()
-        with pytest.raises(ValueError, match="process 0 did not answer"):
-            waits[1].result()
+        first = pool.submit(meet, f"127.0.0.1:{port}", index=0, count=2, seconds=10)
+        while True:
+            try:
+                silent = socket.create_connection(("127.0.0.1", port))
+                break
+            except OSError:
+                time.sleep(0.05)
+        with silent, socket.create_connection(("127.0.0.1", port)) as talker:
+            talker.sendall(b"GET / HTTP/1.1")
+            meet(f"127.0.0.1:{port}", index=1, count=2, seconds=10)
+            assert first.result() is None
+
+
+def test_without_process_0_the_others_say_so(monkeypatch):
+    monkeypatch.setattr("jaxformers.parallel.rendezvous.HELLO_SECONDS", 0.1)
+    port = free_port()
+    with pytest.raises(ValueError, match=f"process 0 did not answer at 127.0.0.1:{port} within 0.2 seconds"):
+        meet(f"127.0.0.1:{port}", index=1, count=2, seconds=0.2)
+
+
+WAITER = """
+import sys
+import jax
+from jaxformers.parallel import distributed
+from jaxformers.parallel.processes import find_processes
+
+distributed.start(find_processes())
+if jax.process_index() == 1:
+    sys.stdin.read()  # alive, and late
+    distributed.leave(0)
+try:
+    distributed.wait_for_all("open its data", seconds=1)
+except ValueError as error:
+    print(error, file=sys.stderr)
+    distributed.leave(2)
+"""
+
+
+def test_a_barrier_gives_up_and_says_who_is_missing():
+    coordinator = f"127.0.0.1:{free_port()}"
+    told = {"JAX_COORDINATOR_ADDRESS": coordinator, "JAX_NUM_PROCESSES": "2"}
+    late = start(["-c", WAITER], stdin=subprocess.PIPE, JAX_PROCESS_ID="1", **told)
+    first = start(["-c", WAITER], JAX_PROCESS_ID="0", **told)
+    try:
+        _, errors = first.communicate(timeout=60)
+    finally:
+        end([first, late])
+    assert first.returncode == 2
+    assert errors.splitlines()[-1] == "process 1 of 2 did not open its data within 1 seconds after the first"
 
 
 def command(folder: Path, *arguments: str, devices: int, **sections) -> subprocess.Popen:
