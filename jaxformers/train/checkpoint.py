@@ -28,7 +28,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import args as ocp_args
 
 from jaxformers.models.params import Params
-from jaxformers.parallel.distributed import agree, is_first
+from jaxformers.parallel.distributed import agree, is_first, wait_for_all
 from jaxformers.train.config import CheckpointConfig
 from jaxformers.train.integrity import find_damage, write_checksums
 from jaxformers.train.state import TrainState
@@ -158,7 +158,7 @@ class Checkpointer:
         self._sealing, failure, self._failure = None, self._failure, None
         if failure is not None:
             raise self._cannot_save(_reason(failure)) from failure
-        agree(False)  # other processes look at the folder only after the first one has named the checkpoint
+        wait_for_all("write a checkpoint")  # the first one names it, and then the others may look at the folder
 
     def _check_room(self, step: int, state: TrainState) -> None:
         """Refuses a save that the disk has no room for, before half of it is written."""
@@ -182,6 +182,7 @@ class Checkpointer:
         """
         found = self._newest_good(say) if is_first() else None
         if jax.process_count() > 1:
+            wait_for_all("compare a checkpoint with its checksums")
             found = _from_first(found)
         if found == _ALL_DAMAGED:
             raise CheckpointError(f"no checkpoint in {self.folder} can be used: the files of all are damaged")
@@ -207,7 +208,7 @@ class Checkpointer:
             if step > newer_than:
                 name = next(n for i in itertools.count() if not (n := self._damaged_name(step, i)).exists())
                 os.replace(self.folder / str(step), name)
-        agree(False)
+        wait_for_all("set damaged checkpoints aside")
 
     def _damaged_name(self, step: int, count: int) -> Path:
         return self.folder / (f"{step}.damaged" + (f".{count}" if count else ""))
