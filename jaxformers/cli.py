@@ -96,11 +96,12 @@ def train(
 def launch(
     context: typer.Context,
     processes: Annotated[int, typer.Option(help="Processes to start on this machine.")] = 2,
+    restarts: Annotated[int, typer.Option(help="How often to start all again after one has failed.")] = 0,
 ) -> None:
     """Run a command in several processes that work as one: launch --processes 2 -- train CONFIG."""
     from jaxformers.launch.local import launch as run
 
-    raise typer.Exit(run(context.args, processes=processes))
+    raise typer.Exit(run(context.args, processes=processes, restarts=restarts))
 
 
 @app.command()

@@ -183,6 +183,22 @@ class GuardConfig(BaseModel):
     )
 
 
+class WatchdogConfig(BaseModel):
+    """When a run counts as standing still, and what happens then."""
+
+    model_config = STRICT
+
+    factor: float | None = Field(
+        20.0, gt=1, description="A step may take this many times the median of the last ones; null = no watching."
+    )
+    least_seconds: float = Field(60.0, gt=0, description="What a step may take in any case.")
+    action: Literal["log", "end"] = Field(
+        "log",
+        description="Where all threads are goes to RUN/stalls.log; end: and the process ends, for "
+        "`launch --restarts` to start it again.",
+    )
+
+
 class CheckpointConfig(BaseModel):
     """When checkpoints are written, which are kept, and whether a run goes on from them."""
 
