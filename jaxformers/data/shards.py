@@ -21,10 +21,11 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxformers.data.sources import BadRecord, Piece, SourceFile, cut, read
+from jaxformers.data.sources import BadRecord, Document, Piece, SourceFile, Tokens, cut, read
 from jaxformers.data.tokenizer import Tokenizer, load_tokenizer
 
-# One row per document: length in tokens, a hash of its text, and the bytes of its text as UTF-8.
+# One row per document: length in tokens, a hash of its text (or of its ids, where it came as ids), and the bytes of
+# its text as UTF-8.
 DOCUMENT = np.dtype([("length", "<i8"), ("hash", "<u8"), ("bytes", "<i8")])
 
 _LEAST_BYTES, _MOST_BYTES, _SHARDS = 1 << 20, 1 << 28, 256  # of text in a shard; how many shards where that allows
@@ -40,6 +41,7 @@ class Job:
     text_field: str
     parse_special_tokens: bool
     token_dtype: str
+    tokens_field: str | None = None
 
     def save(self, directory: Path) -> None:
         write_atomically(directory / "job.json", json.dumps(asdict(self)).encode())
@@ -86,11 +88,11 @@ def write_shard(job: Job, index: int, tokenizer: Tokenizer, directory: Path) -> 
     empty = 0
     temporary = directory / f"{index:06d}.{os.getpid()}.tmp"
     with open(temporary, "wb") as out:
-        for texts in _batches(_good_texts(job, index, bad)):
-            kept = [text for text in texts if text.strip()]
-            empty += len(texts) - len(kept)
+        for batch in _batches(_good_documents(job, index, tokenizer, bad)):
+            kept = [document for document in batch if not _is_empty(document)]
+            empty += len(batch) - len(kept)
             ids = _encode(job, kept, tokenizer)
-            documents.append(_facts(kept, ids))
+            documents.append(_facts(kept, ids, tokenizer))
             content = np.concatenate([*ids, np.empty(0, job.token_dtype)]).tobytes()
             out.write(content)
             digest.update(content)
@@ -148,21 +150,36 @@ def _sync(file) -> None:
     os.fsync(file.fileno())
 
 
-def _good_texts(job: Job, index: int, bad: list[BadRecord]) -> Iterator[str]:
+def _good_documents(job: Job, index: int, tokenizer: Tokenizer, bad: list[BadRecord]) -> Iterator[Document | Tokens]:
     for piece in job.shards[index]:
-        for record in read(piece, text_field=job.text_field):
+        for record in read(piece, text_field=job.text_field, tokens_field=job.tokens_field):
+            if isinstance(record, Tokens):
+                record = _in_vocabulary(record, piece.path, tokenizer)
             if isinstance(record, BadRecord):
                 bad.append(record)
             else:
-                yield record.text
+                yield record
 
 
-def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
+def _in_vocabulary(record: Tokens, path: str, tokenizer: Tokenizer) -> Tokens | BadRecord:
+    if not len(record.ids) or (record.ids.min() >= 0 and record.ids.max() < tokenizer.vocab_size):
+        return record
+    wrong = record.ids[(record.ids < 0) | (record.ids >= tokenizer.vocab_size)][0]
+    reason = f"id {wrong} is not one of the tokenizer's {tokenizer.vocab_size} ids"
+    return BadRecord(path, record.offset, reason, record.unit)
+
+
+def _is_empty(document: Document | Tokens) -> bool:
+    """Whether there is nothing to learn: white space, or no ids."""
+    return not (document.text.strip() if isinstance(document, Document) else len(document.ids))
+
+
+def _batches(documents: Iterator[Document | Tokens]) -> Iterator[list[Document | Tokens]]:
+    batch: list[Document | Tokens] = []
     size = 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
+    for document in documents:
+        batch.append(document)
+        size += len(document.text if isinstance(document, Document) else document.ids)
         if size >= _BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0
@@ -170,18 +187,34 @@ def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _encode(job: Job, texts: list[str], tokenizer: Tokenizer) -> list[np.ndarray]:
-    """The ids of each text: as the tokenizer begins and ends a text, and always ending in the end-of-text id."""
-    encoded = tokenizer.encode_batch(texts, parse_special_tokens=job.parse_special_tokens)
-    end = tokenizer.eos_id
-    return [np.array(ids if ids and ids[-1] == end else [*ids, end], job.token_dtype) for ids in encoded]
+def _encode(job: Job, documents: Sequence[Document | Tokens], tokenizer: Tokenizer) -> list[np.ndarray]:
+    """The ids of each document, always ending in the end-of-text id.
+
+    A text begins and ends as the tokenizer has it; ids that were ready stay as they are.
+    """
+    texts = [document.text for document in documents if isinstance(document, Document)]
+    encoded = iter(tokenizer.encode_batch(texts, parse_special_tokens=job.parse_special_tokens))
+    ids = [next(encoded) if isinstance(document, Document) else document.ids for document in documents]
+    return [_ended(tokens, tokenizer.eos_id, job.token_dtype) for tokens in ids]
 
 
-def _facts(texts: list[str], ids: list[np.ndarray]) -> np.ndarray:
-    facts = np.empty(len(texts), DOCUMENT)
-    for row, (text, tokens) in enumerate(zip(texts, ids, strict=True)):
-        raw = text.encode()
-        content = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")
+def _ended(ids: Sequence[int] | np.ndarray, end: int, dtype: str) -> np.ndarray:
+    missing = not len(ids) or ids[-1] != end
+    made = np.empty(len(ids) + missing, dtype)
+    made[: len(ids)] = ids
+    made[-1] = end
+    return made
+
+
+def _facts(documents: Sequence[Document | Tokens], ids: Sequence[np.ndarray], tokenizer: Tokenizer) -> np.ndarray:
+    facts = np.empty(len(documents), DOCUMENT)
+    for row, (document, tokens) in enumerate(zip(documents, ids, strict=True)):
+        if isinstance(document, Document):
+            raw = hashed = document.text.encode()
+        else:
+            # Of 32-bit ids whatever their type on disk, so that copies of a document are known for what they are.
+            raw, hashed = tokenizer.decode(tokens).encode(), tokens.astype("<u4").tobytes()
+        content = int.from_bytes(hashlib.blake2b(hashed, digest_size=8).digest(), "little")
         facts[row] = (len(tokens), content, len(raw))
     return facts
 
