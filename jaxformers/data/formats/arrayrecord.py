@@ -69,16 +69,25 @@ def _open(path: str):
         raise needs_extra(path, "array-record") from None
     os.stat(path)  # the library does not tell a missing file from a damaged one
     reader = ArrayRecordReader(path)
+    intact = reader.ok()
     try:
-        if not reader.ok():
-            raise ValueError(f"{path}: damaged or no ArrayRecord file")
-        yield reader
+        if intact:
+            yield reader
     finally:
-        reader.close()
+        with _damage_named(path):
+            reader.close()  # where what was wrong with the file is said
+    if not intact:
+        raise ValueError(f"{path}: damaged or no ArrayRecord file")
 
 
 def _read(path: str, reader, start: int, stop: int) -> list[bytes]:
-    try:
+    with _damage_named(path):
         return reader.read(start, stop)
+
+
+@contextmanager
+def _damage_named(path: str) -> Iterator[None]:
+    try:
+        yield
     except (RuntimeError, IndexError) as error:
-        raise ValueError(f"{path}: damaged ArrayRecord file ({one_line(error)})") from error
+        raise ValueError(f"{path}: damaged or no ArrayRecord file ({one_line(error)})") from error
