@@ -21,6 +21,7 @@ from filelock import FileLock
 
 from jaxformers.data import shards
 from jaxformers.data.config import DataConfig
+from jaxformers.data.copies import copies
 from jaxformers.data.shards import DOCUMENT, Job
 from jaxformers.data.sources import BadRecord, SourceFile, files_of, name_of
 from jaxformers.data.tokenizer import Tokenizer
@@ -132,6 +133,13 @@ def _report_damage(directory: Path, damage: str) -> None:
         _log.warning("token cache %s is damaged (%s): building it again", directory, damage)
 
 
+def _report_copies(files: Sequence[SourceFile]) -> None:
+    same = copies(files)
+    if same:
+        more = f", and {len(same) - 1} more such sets" if len(same) > 1 else ""
+        _log.warning("equal content under several names is learnt from as often: %s%s", " = ".join(same[0]), more)
+
+
 def _damage(directory: Path) -> str | None:
     """What is wrong with a cache on disk, or None. The ids are checked by size only: reading them all takes long."""
     try:
@@ -176,6 +184,7 @@ def _build(
     directory: Path, files: Sequence[SourceFile], config: DataConfig, tokenizer: Tokenizer, progress: Progress | None
 ) -> None:
     """Shards first, each kept as soon as it is finished; then one file of all; then the final name."""
+    _report_copies(files)
     partial = directory.with_suffix(".partial")
     partial.mkdir(exist_ok=True)
     job = Job(

@@ -21,6 +21,7 @@ from data.megatron import write_megatron
 from jaxformers.data import shards
 from jaxformers.data.cache import TokenCache, open_cache
 from jaxformers.data.config import DataConfig, TokenizerConfig
+from jaxformers.data.copies import copies
 from jaxformers.data.corpus import build_tokenizer, open_corpus
 from jaxformers.data.sources import BadRecord, Piece, cut, find_files, name_of, read
 
@@ -811,6 +812,25 @@ def test_a_format_may_be_said_where_the_name_does_not(tmp_path, corpus, expected
 def test_keys_of_another_format_are_refused(settings, said):
     with pytest.raises(ValueError, match=said):
         DataConfig(paths="*", **settings)
+
+
+def test_shards_that_are_there_twice_are_named_in_one_warning(tmp_path, corpus, bytes_tokenizer, caplog):
+    for name in ("a", "b", "c", "d"):
+        (tmp_path / name).mkdir()
+        write_parquet(tmp_path / name, corpus if name in "ac" else [name * 30] * 40)
+        (tmp_path / name / "same.txt").write_text("text files may be equal")
+    open_cache(_config(tmp_path, f"{tmp_path}/[abcd]/*"), bytes_tokenizer)
+    (warning,) = [record.message for record in caplog.records if "under several names" in record.message]
+    assert warning.endswith(f"learnt from as often: {tmp_path}/a/c.parquet = {tmp_path}/c/c.parquet")
+
+
+def test_every_set_of_copies_is_found(tmp_path):
+    """Of one size all; two and three equal, one that differs in its middle alone, one of another size."""
+    middle = [b"x" * 100_000 + name + b"x" * 100_000 for name in (b"a", b"a", b"b", b"c", b"c", b"c")]
+    for number, content in enumerate([*middle, b"x", b"x", b""]):
+        (tmp_path / f"{number}.jsonl").write_bytes(content)
+    found = copies(find_files([f"{tmp_path}/*"]))
+    assert [[path[-len("0.jsonl")] for path in group] for group in found] == [["0", "1"], ["3", "4", "5"], ["6", "7"]]
 
 
 def test_a_bad_record_is_named_by_the_place_that_its_unit_says():

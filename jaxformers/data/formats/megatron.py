@@ -132,7 +132,7 @@ def _array(file: BinaryIO, base: int, dtype: str, start: int, stop: int) -> np.n
 def _documents(index: Index, places: BinaryIO, ids: BinaryIO, size: int, start: int, stop: int) -> Iterator[Tokens]:
     """Documents [start, stop), each joined of its sequences, wherever those lie in the `size` bytes of ids."""
     firsts = index.firsts(places, start, stop + 1)
-    if (np.diff(firsts) < 0).any() or firsts[0] < 0 or firsts[-1] > index.sequences:
+    if (firsts[1:] < firsts[:-1]).any() or firsts[0] < 0 or firsts[-1] > index.sequences:
         raise ValueError(f"{index.path}: document boundaries {start} to {stop} do not rise within its sequences")
     first, last = int(firsts[0]), int(firsts[-1])
     lengths, pointers = index.lengths(places, first, last), index.pointers(places, first, last)
