@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 
 from jaxformers.data.documents import SourceFile
-from jaxformers.data.files import open_binary
+from jaxformers.data.files import cannot_be_read, open_binary
 
 _SHARDS = ("jsonl", "csv", "parquet", "arrow", "arrayrecord", "megatron")
 _SAMPLE = 1 << 16  # bytes
@@ -18,10 +18,16 @@ def copies(files: Sequence[SourceFile]) -> list[tuple[str, ...]]:
     """The paths of each set of files with equal content, sorted.
 
     Only files of equal size are opened, and only those whose beginnings and ends are equal too are read whole.
+
+    Raises:
+        ValueError: a file that cannot be opened.
     """
     suspects = [[file for file in files if file.format in _SHARDS and file.size]]
-    for fact in (lambda file: file.size, _ends, _content):
-        suspects = [group for several in suspects for group in _grouped(several, fact)]
+    try:
+        for fact in (lambda file: file.size, _ends, _content):
+            suspects = [group for several in suspects for group in _grouped(several, fact)]
+    except OSError as error:
+        raise cannot_be_read(error.filename, error) from error
     return sorted(tuple(sorted(file.path for file in group)) for group in suspects)
 
 

@@ -46,7 +46,9 @@ def describe(path: str, format: str) -> SourceFile:
     """A file as it is now; ValueError where it has gone or its storage does not answer."""
     if is_remote(path):
         with _remote(path) as (filesystem, name):
-            return SourceFile(path, filesystem.size(name) or 0, stamp(filesystem.ukey(name)), format)
+            info = filesystem.info(name)
+            known = [info.get(key) for key in ("ETag", "Content-MD5", "Digest", "Last-Modified")]
+            return SourceFile(path, info["size"] or 0, stamp(filesystem.ukey(name), known), format)
     try:
         status = os.stat(path)
     except OSError as error:

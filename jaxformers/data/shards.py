@@ -210,12 +210,13 @@ def _facts(documents: Sequence[Document | Tokens], ids: Sequence[np.ndarray], to
     facts = np.empty(len(documents), DOCUMENT)
     for row, (document, tokens) in enumerate(zip(documents, ids, strict=True)):
         if isinstance(document, Document):
-            raw = hashed = document.text.encode()
+            raw = document.text.encode()
+            size = len(raw)
         else:
-            # Of 32-bit ids whatever their type on disk, so that copies of a document are known for what they are.
-            raw, hashed = tokenizer.decode(tokens).encode(), tokens.astype("<u4").tobytes()
-        content = int.from_bytes(hashlib.blake2b(hashed, digest_size=8).digest(), "little")
-        facts[row] = (len(tokens), content, len(raw))
+            raw = tokens.astype("<u4").tobytes()  # whatever type they had, so that copies of a document are equal
+            size = tokenizer.count_bytes(tokens)
+        content = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")
+        facts[row] = (len(tokens), content, size)
     return facts
 
 

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import datasets
 import fsspec
@@ -17,6 +18,7 @@ import pytest
 import zstandard
 from array_record.python.array_record_module import ArrayRecordWriter
 from data.megatron import write_megatron
+from fsspec.spec import AbstractBufferedFile
 
 from jaxformers.data import shards
 from jaxformers.data.cache import TokenCache, open_cache
@@ -343,6 +345,8 @@ def test_a_named_dataset_is_what_datasets_loads_by_that_name(tmp_path, texts, by
     assert [bytes_tokenizer.decode(ids) for ids in _documents(cache)] == [row["text"] for row in rows] == texts
     with pytest.raises(ValueError, match=r"mine: set data.split to one of its splits: (train, test|test, train)$"):
         open_cache(config.model_copy(update={"split": None}), bytes_tokenizer)
+    with pytest.raises(ValueError, match=r"data.split is 'train\[:2\]', which is not the name of a whole split$"):
+        open_cache(config.model_copy(update={"split": "train[:2]"}), bytes_tokenizer)
 
 
 def test_a_name_that_cannot_be_reached_is_one_line(tmp_path, bytes_tokenizer):
@@ -498,6 +502,44 @@ def test_a_remote_file_that_changes_makes_another_cache(tmp_path, bytes_tokenize
         made.add(open_cache(_config(tmp_path, "memory://changing/*.txt"), bytes_tokenizer).directory)
     memory.rm("/changing", recursive=True)
     assert len(made) == 2
+
+
+class _Blocks(fsspec.AbstractFileSystem):
+    """Files read by ranges of bytes, as object stores give them; everything else of a file is fsspec's own."""
+
+    protocol = "blocks"
+    files: ClassVar[dict[str, bytes]] = {}
+
+    def ls(self, path, detail=True, **_):
+        found = [{"name": name, "size": len(content), "type": "file"} for name, content in self.files.items()]
+        found = [entry for entry in found if entry["name"].startswith(path)]
+        return found if detail else [entry["name"] for entry in found]
+
+    def _open(self, path, mode="rb", **options):
+        return _Block(self, path, mode, **options)
+
+
+class _Block(AbstractBufferedFile):
+    def _fetch_range(self, start, end):
+        return self.fs.files[self.path][start:end]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.zst", "csv", "parquet", "arrow file", "arrow stream"])
+def test_files_that_are_fetched_by_ranges_are_read_as_local_ones(
+    tmp_path, corpus, expected, bytes_tokenizer, monkeypatch, kind
+):
+    monkeypatch.setattr(shards, "_LEAST_BYTES", 700)
+    fsspec.register_implementation("blocks", _Blocks, clobber=True)
+    path = Path(TEXTS[kind](tmp_path, corpus))
+    monkeypatch.setattr(_Blocks, "files", {path.name: path.read_bytes()})
+    assert _bytes(open_cache(_config(tmp_path, f"blocks://{path.name}"), bytes_tokenizer)) == expected
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrayrecord", "shuffled dataset"])
+def test_processes_share_a_file_of_any_format(tmp_path, corpus, expected, bytes_tokenizer, monkeypatch, kind):
+    monkeypatch.setattr(shards, "_LEAST_BYTES", 700)
+    config = _config(tmp_path, TEXTS[kind](tmp_path, corpus), workers=2)
+    assert _bytes(open_cache(config, bytes_tokenizer)) == expected
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ A folder that `save_to_disk` wrote is read row by row as `datasets` gives it. A 
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,14 +44,14 @@ def from_name(name: str, subset: str | None, split: str | None) -> list[SourceFi
     `split` is a whole split; `subset` one of the dataset's configurations.
     """
     datasets = _import(name)
+    if split is not None and not re.fullmatch(r"\w+(\.\w+)*", split):
+        raise ValueError(f"{name}: data.split is {split!r}, which is not the name of a whole split")
     try:
-        splits = datasets.get_dataset_split_names(name, subset)
-        chosen = _choose(name, split, splits)
-        made = datasets.load_dataset(name, subset, split=chosen)
-    except _Choice:
-        raise
+        made = datasets.load_dataset(name, subset, split=split)
     except Exception as error:  # the library raises a dozen kinds, its clients' among them
         raise ValueError(f"{name}: `datasets` cannot load it: {one_line(error)}") from error
+    if isinstance(made, dict):
+        made = made[_choose(name, None, list(made))]
     return [describe(entry["filename"], "arrow") for entry in made.cache_files]
 
 
@@ -77,17 +78,13 @@ def read(piece: Piece, fields: Fields) -> Iterator[Record]:
         yield from column_records(piece.path, column, start, fields)
 
 
-class _Choice(ValueError):
-    """A split that must be chosen, or chosen otherwise."""
-
-
 def _choose(path: str, split: str | None, splits: list[str]) -> str:
     if split in splits:
         return split
     if split is None and len(splits) == 1:
         return splits[0]
     said = "set data.split to one of its splits" if split is None else f"has no split {split!r}; its splits are"
-    raise _Choice(f"{path}: {said}: {', '.join(splits)}")
+    raise ValueError(f"{path}: {said}: {', '.join(splits)}")
 
 
 def _saved_splits(path: str) -> list[str]:
