@@ -19,6 +19,8 @@ import zstandard
 from array_record.python.array_record_module import ArrayRecordWriter
 from data.megatron import write_megatron
 from fsspec.spec import AbstractBufferedFile
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jaxformers.data import shards
 from jaxformers.data.cache import TokenCache, open_cache
@@ -768,6 +770,14 @@ def test_rows_of_csv_that_are_no_document_are_named_by_their_line(tmp_path, byte
 def test_a_field_of_csv_may_be_as_long_as_a_book(tmp_path, bytes_tokenizer):
     cache = open_cache(_config(tmp_path, write_csv(tmp_path, ["word " * 100_000])), bytes_tokenizer)
     assert cache.lengths.tolist() == [500_002]
+
+
+@settings(max_examples=40, deadline=None)
+@given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=30), min_size=1, max_size=8))
+@pytest.mark.parametrize("write", [write_csv, write_tsv])
+def test_any_text_survives_quoting(tmp_path_factory, write, texts):
+    (file,) = find_files([write(tmp_path_factory.mktemp("quoted"), texts)])
+    assert [record.text for piece in cut(file, 100) for record in read(piece)] == texts
 
 
 def test_a_compressed_csv_that_was_cut_short_keeps_what_came_before(tmp_path, corpus, bytes_tokenizer):

@@ -1,5 +1,8 @@
 """Arrow's IPC format, as a stream or a file (Feather version 2): pieces are record batches, mapped and not copied."""
 
+import functools
+import itertools
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -18,9 +21,7 @@ def cut(file: SourceFile, size: int) -> list[Piece]:
     """Ranges of record batches; a remote file whole, since to pass over its batches is to fetch them."""
     if file.size <= size or is_remote(file.path):
         return [Piece(file.path, format=file.format)]
-    with damage_named(file.path, "Arrow"), _open(file.path) as source:
-        count = sum(1 for _ in _batches(source, _schema(source)))
-    return even_pieces(file, count, size)
+    return even_pieces(file, len(_first_rows(file.path, os.stat(file.path).st_mtime_ns)), size)
 
 
 def read(piece: Piece, fields: Fields) -> Iterator[Record]:
@@ -29,16 +30,21 @@ def read(piece: Piece, fields: Fields) -> Iterator[Record]:
     Raises:
         ValueError: no Arrow file, or a damaged one; no such column, or one of another type.
     """
+    row = _first_rows(piece.path, os.stat(piece.path).st_mtime_ns)[piece.start] if piece.start else 0
     with damage_named(piece.path, "Arrow"), _open(piece.path) as source:
         schema = _schema(source)
         check_column(piece.path, schema, fields)
-        row = 0
-        for number, batch in enumerate(_batches(source, schema, fields.wanted)):
-            if piece.stop is not None and number >= piece.stop:
-                return
-            if number >= piece.start:
-                yield from column_records(piece.path, batch.column(fields.wanted), row, fields)
+        for batch in _batches(source, schema.get_field_index(fields.wanted), piece.start, piece.stop):
+            yield from column_records(piece.path, batch.column(fields.wanted), row, fields)
             row += batch.num_rows
+
+
+@functools.lru_cache(maxsize=16)
+def _first_rows(path: str, modified: int) -> tuple[int, ...]:
+    """The number of the first row of each batch. Counted once a process: compressed batches open slowly."""
+    with damage_named(path, "Arrow"), _open(path) as source:
+        rows = [batch.num_rows for batch in _batches(source, 0)]
+    return tuple(itertools.accumulate(rows, initial=0))[:-1]
 
 
 @contextmanager
@@ -58,18 +64,17 @@ def _schema(source: "pyarrow.NativeFile") -> "pyarrow.Schema":
 
 
 def _batches(
-    source: "pyarrow.NativeFile", schema: "pyarrow.Schema", column: str | None = None
+    source: "pyarrow.NativeFile", column: int, start: int = 0, stop: int | None = None
 ) -> "Iterator[pyarrow.RecordBatch]":
-    """Every record batch in order, with no other column than the given one."""
+    """Record batches [start, stop) in order, with one column alone."""
     from pyarrow import ipc
 
-    options = ipc.IpcReadOptions(included_fields=None if column is None else [schema.get_field_index(column)])
-    with _reader(source, options) as reader:
+    with _reader(source, ipc.IpcReadOptions(included_fields=[column])) as reader:
         if isinstance(reader, ipc.RecordBatchFileReader):
-            for number in range(reader.num_record_batches):
+            for number in range(start, reader.num_record_batches if stop is None else stop):
                 yield reader.get_batch(number)
         else:
-            yield from reader
+            yield from itertools.islice(reader, start, stop)
 
 
 def _reader(source: "pyarrow.NativeFile", options: "pyarrow.ipc.IpcReadOptions | None"):
