@@ -7,8 +7,8 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 
-from jaxformers.data.documents import SourceFile
 from jaxformers.data.files import cannot_be_read, open_binary
+from jaxformers.data.records import SourceFile
 
 _SHARDS = ("jsonl", "csv", "parquet", "arrow", "arrayrecord", "megatron")
 _SAMPLE = 1 << 16  # bytes

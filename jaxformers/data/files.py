@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from jaxformers.data.documents import SourceFile, stamp
+from jaxformers.data.records import SourceFile, stamp
 
 COMPRESSED = (".gz", ".zst")
 

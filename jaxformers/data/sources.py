@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
 
 from jaxformers.data.config import SourceConfig
-from jaxformers.data.documents import BadRecord, Document, Fields, Piece, Record, SourceFile, Tokens
 from jaxformers.data.files import cannot_be_read, expand, glob_paths, is_remote
 from jaxformers.data.formats import FORMATS, callables, format_of, huggingface
 from jaxformers.data.formats.lines import line_at
+from jaxformers.data.records import BadRecord, Document, Fields, Piece, Record, SourceFile, Tokens
 
 __all__ = ["BadRecord", "Document", "Piece", "SourceFile", "Tokens", "cut", "files_of", "find_files", "name_of", "read"]
 

@@ -8,7 +8,7 @@ from data.megatron import CODES, index_bytes, write_megatron
 
 from jaxformers.data.cache import open_cache
 from jaxformers.data.config import DataConfig
-from jaxformers.data.documents import SourceFile
+from jaxformers.data.records import SourceFile
 from jaxformers.data.sources import cut, find_files, read
 
 DOCUMENTS = [[[1, 2, 3]], [[4], [5, 6], [7]], [], [[]], [[8, 9], []], [[100, 101, 102, 103]]]

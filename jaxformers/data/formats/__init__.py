@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from jaxformers.data.documents import Fields, Piece, Record, SourceFile
 from jaxformers.data.files import COMPRESSED, describe
 from jaxformers.data.formats import (
     arrayrecord,
@@ -22,6 +21,7 @@ from jaxformers.data.formats import (
     parquet,
     text,
 )
+from jaxformers.data.records import Fields, Piece, Record, SourceFile
 
 
 def _whole(file: SourceFile, size: int) -> list[Piece]:

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from jaxformers.data.documents import BadRecord, Fields, Piece, Record, SourceFile, Tokens, even_pieces, text_record
 from jaxformers.data.files import is_remote, needs_extra, one_line
+from jaxformers.data.records import BadRecord, Fields, Piece, Record, SourceFile, Tokens, even_pieces, text_record
 
 ID_TYPES = ("uint16", "uint32", "int32", "int64")
 _AT_ONCE = 256  # records

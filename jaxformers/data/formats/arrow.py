@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from jaxformers.data.documents import Fields, Piece, Record, SourceFile, even_pieces
 from jaxformers.data.files import is_remote, open_binary
 from jaxformers.data.formats.columns import check_column, column_records, damage_named, import_pyarrow
+from jaxformers.data.records import Fields, Piece, Record, SourceFile, even_pieces
 
 if TYPE_CHECKING:
     import pyarrow

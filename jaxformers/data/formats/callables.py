@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxformers.data.documents import (
+from jaxformers.data.files import one_line
+from jaxformers.data.records import (
     BadRecord,
     Fields,
     Piece,
@@ -29,7 +30,6 @@ from jaxformers.data.documents import (
     text_record,
     tokens_record,
 )
-from jaxformers.data.files import one_line
 
 _NOMINAL_BYTES = 1024  # what a document counts for where work is shared out, since nobody knows its size
 

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from jaxformers.data.documents import BadRecord, Fields, Record, text_record, tokens_record
 from jaxformers.data.files import needs_extra, one_line
+from jaxformers.data.records import BadRecord, Fields, Record, text_record, tokens_record
 
 if TYPE_CHECKING:
     import pyarrow

@@ -5,8 +5,8 @@ import io
 import json
 from collections.abc import Iterator
 
-from jaxformers.data.documents import BadRecord, Fields, Piece, Record, is_unicode, text_record, tokens_record
 from jaxformers.data.files import DAMAGE, open_decompressed
+from jaxformers.data.records import BadRecord, Fields, Piece, Record, is_unicode, text_record, tokens_record
 
 _TABS = (".tsv", ".tsv.gz", ".tsv.zst")
 _LONGEST = 2**31 - 1  # characters in a field; the library's own 131,072 is less than a long document

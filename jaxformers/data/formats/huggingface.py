@@ -10,9 +10,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxformers.data.documents import Fields, Piece, Record, SourceFile, even_pieces, stamp
 from jaxformers.data.files import describe, needs_extra, one_line
 from jaxformers.data.formats.columns import check_column, column_records, damage_named
+from jaxformers.data.records import Fields, Piece, Record, SourceFile, even_pieces, stamp
 
 _DATASET, _SPLITS = "state.json", "dataset_dict.json"  # by which a folder is known
 _ROWS = 256  # read at a time

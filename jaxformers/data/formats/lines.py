@@ -4,8 +4,8 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 
-from jaxformers.data.documents import BadRecord, Document, Fields, Piece, Record, SourceFile, is_unicode, tokens_record
 from jaxformers.data.files import COMPRESSED, DAMAGE, open_decompressed
+from jaxformers.data.records import BadRecord, Document, Fields, Piece, Record, SourceFile, is_unicode, tokens_record
 
 
 def cut(file: SourceFile, size: int) -> list[Piece]:

@@ -14,8 +14,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from jaxformers.data.documents import Fields, Piece, Record, SourceFile, Tokens, even_pieces, stamp
 from jaxformers.data.files import describe, open_binary
+from jaxformers.data.records import Fields, Piece, Record, SourceFile, Tokens, even_pieces, stamp
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")

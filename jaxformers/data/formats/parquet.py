@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from jaxformers.data.documents import Fields, Piece, Record, SourceFile, even_pieces
 from jaxformers.data.files import open_binary
 from jaxformers.data.formats.columns import check_column, column_records, damage_named
+from jaxformers.data.records import Fields, Piece, Record, SourceFile, even_pieces
 
 _ROWS = 256  # read at a time: few enough that long documents fit in memory
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from jaxformers.data.documents import BadRecord, Document, Fields, Piece, Record
 from jaxformers.data.files import open_binary
+from jaxformers.data.records import BadRecord, Document, Fields, Piece, Record
 
 
 def read(piece: Piece, fields: Fields) -> Iterator[Record]:
