@@ -22,7 +22,8 @@ from filelock import FileLock
 from jaxformers.data import shards
 from jaxformers.data.config import DataConfig
 from jaxformers.data.copies import copies
-from jaxformers.data.shards import DOCUMENT, Job
+from jaxformers.data.encoding import DOCUMENT
+from jaxformers.data.shards import Job
 from jaxformers.data.sources import BadRecord, SourceFile, files_of, name_of
 from jaxformers.data.tokenizer import Tokenizer
 

@@ -21,15 +21,12 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxformers.data.sources import BadRecord, Document, Piece, SourceFile, Tokens, cut, read
+from jaxformers.data.encoding import batches, encode, good_documents, is_empty
+from jaxformers.data.records import Fields
+from jaxformers.data.sources import BadRecord, Piece, SourceFile, cut
 from jaxformers.data.tokenizer import Tokenizer, load_tokenizer
 
-# One row per document: length in tokens, a hash of its text (or of its ids, where it came as ids), and the bytes of
-# its text as UTF-8.
-DOCUMENT = np.dtype([("length", "<i8"), ("hash", "<u8"), ("bytes", "<i8")])
-
 _LEAST_BYTES, _MOST_BYTES, _SHARDS = 1 << 20, 1 << 28, 256  # of text in a shard; how many shards where that allows
-_BATCH_CHARACTERS = 1 << 20  # encoded in one call: large enough to hide the call, small enough to stay in cache
 _NAMES_KEPT = 100  # bad records that are named rather than only counted
 
 
@@ -88,12 +85,13 @@ def write_shard(job: Job, index: int, tokenizer: Tokenizer, directory: Path) -> 
     empty = 0
     temporary = directory / f"{index:06d}.{os.getpid()}.tmp"
     with open(temporary, "wb") as out:
-        for batch in _batches(_good_documents(job, index, tokenizer, bad)):
-            kept = [document for document in batch if not _is_empty(document)]
+        fields = Fields(job.text_field, job.tokens_field)
+        for batch in batches(good_documents(job.shards[index], fields, tokenizer, bad)):
+            kept = [document for document in batch if not is_empty(document)]
             empty += len(batch) - len(kept)
-            ids = _encode(job, kept, tokenizer)
-            documents.append(_facts(kept, ids, tokenizer))
-            content = np.concatenate([*ids, np.empty(0, job.token_dtype)]).tobytes()
+            made = encode(kept, tokenizer, parse_special_tokens=job.parse_special_tokens, dtype=job.token_dtype)
+            documents.append(made.facts)
+            content = made.ids.tobytes()
             out.write(content)
             digest.update(content)
         _sync(out)
@@ -148,76 +146,6 @@ def write_atomically(path: Path, content: bytes) -> None:
 def _sync(file) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _good_documents(job: Job, index: int, tokenizer: Tokenizer, bad: list[BadRecord]) -> Iterator[Document | Tokens]:
-    for piece in job.shards[index]:
-        for record in read(piece, text_field=job.text_field, tokens_field=job.tokens_field):
-            if isinstance(record, Tokens):
-                record = _in_vocabulary(record, piece.path, tokenizer)
-            if isinstance(record, BadRecord):
-                bad.append(record)
-            else:
-                yield record
-
-
-def _in_vocabulary(record: Tokens, path: str, tokenizer: Tokenizer) -> Tokens | BadRecord:
-    if not len(record.ids) or (record.ids.min() >= 0 and record.ids.max() < tokenizer.vocab_size):
-        return record
-    wrong = record.ids[(record.ids < 0) | (record.ids >= tokenizer.vocab_size)][0]
-    reason = f"id {wrong} is not one of the tokenizer's {tokenizer.vocab_size} ids"
-    return BadRecord(path, record.offset, reason, record.unit)
-
-
-def _is_empty(document: Document | Tokens) -> bool:
-    """Whether there is nothing to learn: white space, or no ids."""
-    return not (document.text.strip() if isinstance(document, Document) else len(document.ids))
-
-
-def _batches(documents: Iterator[Document | Tokens]) -> Iterator[list[Document | Tokens]]:
-    batch: list[Document | Tokens] = []
-    size = 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.text if isinstance(document, Document) else document.ids)
-        if size >= _BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _encode(job: Job, documents: Sequence[Document | Tokens], tokenizer: Tokenizer) -> list[np.ndarray]:
-    """The ids of each document, always ending in the end-of-text id.
-
-    A text begins and ends as the tokenizer has it; ids that were ready stay as they are.
-    """
-    texts = [document.text for document in documents if isinstance(document, Document)]
-    encoded = iter(tokenizer.encode_batch(texts, parse_special_tokens=job.parse_special_tokens))
-    ids = [next(encoded) if isinstance(document, Document) else document.ids for document in documents]
-    return [_ended(tokens, tokenizer.eos_id, job.token_dtype) for tokens in ids]
-
-
-def _ended(ids: Sequence[int] | np.ndarray, end: int, dtype: str) -> np.ndarray:
-    missing = not len(ids) or ids[-1] != end
-    made = np.empty(len(ids) + missing, dtype)
-    made[: len(ids)] = ids
-    made[-1] = end
-    return made
-
-
-def _facts(documents: Sequence[Document | Tokens], ids: Sequence[np.ndarray], tokenizer: Tokenizer) -> np.ndarray:
-    facts = np.empty(len(documents), DOCUMENT)
-    for row, (document, tokens) in enumerate(zip(documents, ids, strict=True)):
-        if isinstance(document, Document):
-            raw = document.text.encode()
-            size = len(raw)
-        else:
-            raw = tokens.astype("<u4").tobytes()  # whatever type they had, so that copies of a document are equal
-            size = tokenizer.count_bytes(tokens)
-        content = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")
-        facts[row] = (len(tokens), content, size)
-    return facts
 
 
 def write_shards(

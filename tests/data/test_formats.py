@@ -27,6 +27,7 @@ from jaxformers.data.cache import TokenCache, open_cache
 from jaxformers.data.config import DataConfig, TokenizerConfig
 from jaxformers.data.copies import copies
 from jaxformers.data.corpus import build_tokenizer, open_corpus
+from jaxformers.data.encoding import DOCUMENT
 from jaxformers.data.sources import BadRecord, Piece, cut, find_files, name_of, read
 
 datasets.disable_progress_bars()
@@ -270,7 +271,7 @@ def test_ready_ids_are_taken_as_they_are_and_ended_once(
     path, field = IDS[kind](tmp_path, _ids(corpus, bytes_tokenizer))
     cache = open_cache(_config(tmp_path, path, tokens_field=field), bytes_tokenizer)
     tokens, documents = expected
-    facts = np.frombuffer(documents, shards.DOCUMENT)
+    facts = np.frombuffer(documents, DOCUMENT)
     assert _bytes(cache)[0] == tokens
     assert cache.lengths.tolist() == facts["length"].tolist()
     assert cache.sizes.tolist() == facts["bytes"].tolist()
