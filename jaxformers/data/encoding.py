@@ -18,7 +18,7 @@ from jaxformers.data.tokenizer import Tokenizer
 # its text as UTF-8.
 DOCUMENT = np.dtype([("length", "<i8"), ("hash", "<u8"), ("bytes", "<i8")])
 
-_BATCH_CHARACTERS = 1 << 20  # encoded in one call: large enough to hide the call, small enough to stay in cache
+_BATCH_CHARACTERS = 1 << 18  # encoded in one call: large enough to hide the call, small enough to stay in cache
 
 
 @dataclass(frozen=True, eq=False)
