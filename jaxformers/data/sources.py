@@ -5,7 +5,7 @@ Pieces are what processes share out among themselves. Knows no tokenizer and no 
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatch
 
 from jaxformers.data.config import SourceConfig
@@ -41,7 +41,7 @@ def find_files(
         if format == "python":
             files = [callables.describe(pattern)]
         elif format == "huggingface":
-            saved = [path for path in _kept(glob_paths(pattern), exclude) if huggingface.is_saved(path)]
+            saved = _saved(_kept(glob_paths(pattern), exclude))
             files = [huggingface.describe_saved(path, split) for path in saved]
             files = files or huggingface.from_name(pattern, subset, split)
         else:
@@ -56,8 +56,9 @@ def _match(pattern: str, exclude: Sequence[str], format: str, split: str | None)
     if not matches and format != "auto" and FORMATS[format].implied:
         matches = glob_paths(pattern + FORMATS[format].implied)
     kept = _kept(matches, exclude)
-    folders = [path for path in kept if format == "auto" and huggingface.is_saved(path)]
-    files = [path for path in kept if _is_file(path) and not any(path.startswith(f"{folder}/") for folder in folders)]
+    files = [path for path in kept if _is_file(path)]
+    folders = _saved(set(kept) - set(files)) if format == "auto" else []
+    files = [path for path in files if not _lies_in(path, folders)]
     if not files and not folders:
         raise ValueError(_why_nothing_matched(pattern, any(map(_is_file, matches))))
     named = [(path, format_of(path) if format == "auto" else format) for path in files]
@@ -67,6 +68,16 @@ def _match(pattern: str, exclude: Sequence[str], format: str, split: str | None)
 
 def _kept(paths: Sequence[str], exclude: Sequence[str]) -> list[str]:
     return [path for path in paths if not any(fnmatch(path, excluded) for excluded in exclude)]
+
+
+def _saved(paths: Iterable[str]) -> list[str]:
+    """The outermost folders of Hugging Face datasets; the splits of a dictionary lie within its own."""
+    folders = [path for path in paths if huggingface.is_saved(path)]
+    return [path for path in folders if not _lies_in(path, folders)]
+
+
+def _lies_in(path: str, folders: Sequence[str]) -> bool:
+    return any(path.startswith(f"{folder}/") for folder in folders)
 
 
 def _is_file(path: str) -> bool:

@@ -79,6 +79,13 @@ def test_a_split_must_be_chosen_among_those_there(tmp_path, bytes_tokenizer, spl
         open_cache(config_of(tmp_path, _splits(tmp_path), split=split), bytes_tokenizer)
 
 
+@pytest.mark.parametrize("format", ["auto", "huggingface"])
+def test_a_glob_that_enters_a_saved_dictionary_still_reads_one_split(tmp_path, bytes_tokenizer, format):
+    _splits(tmp_path)
+    cache = open_cache(config_of(tmp_path, f"{tmp_path}/spl*/**", split="test", format=format), bytes_tokenizer)
+    assert [bytes_tokenizer.decode(ids) for ids in documents_of(cache)] == ["test 0", "test 1", "test 2"]
+
+
 def test_a_dataset_alone_has_no_other_split(tmp_path, bytes_tokenizer):
     path = write_saved(tmp_path, ["a"])
     with pytest.raises(ValueError, match="'test', but this is the dataset of one split alone"):
