@@ -21,8 +21,10 @@ from filelock import FileLock
 
 from jaxformers.data import shards
 from jaxformers.data.config import DataConfig
-from jaxformers.data.shards import DOCUMENT, Job
-from jaxformers.data.sources import BadRecord, SourceFile, find_files, name_of
+from jaxformers.data.copies import copies
+from jaxformers.data.encoding import DOCUMENT
+from jaxformers.data.shards import Job
+from jaxformers.data.sources import BadRecord, SourceFile, files_of, name_of
 from jaxformers.data.tokenizer import Tokenizer
 
 Progress = Callable[[int, int], None]  # (done, total), in bytes of source files
@@ -56,7 +58,7 @@ class TokenCache:
     Attributes:
         tokens: uint16 or uint32 [tokens], memory-mapped.
         starts, lengths, sizes: int64 [documents]; where each begins, its tokens, and the bytes of its text.
-        hashes: uint64 [documents]; of each document's text.
+        hashes: uint64 [documents]; of each document's text, or of its ids where it came as ids.
     """
 
     directory: Path
@@ -91,7 +93,7 @@ def open_cache(config: DataConfig, tokenizer: Tokenizer, *, progress: Progress |
     if tokenizer.eos_id is None:
         known = ", ".join(tokenizer.special_tokens) or "none"
         raise ValueError(f"the tokenizer names no end-of-text token: set tokenizer.eos_token to one of: {known}")
-    files = find_files(config.paths, config.exclude)
+    files = files_of(config)
     directory = cache_root(config.cache_dir) / "corpora" / content_key(files, tokenizer.fingerprint, *_settings(config))
     if _damage(directory) is not None:
         with writing_to(directory.parent), FileLock(directory.with_suffix(".lock")):
@@ -124,12 +126,19 @@ def writing_to(directory: Path) -> Iterator[None]:
 
 
 def _settings(config: DataConfig) -> tuple[object, ...]:
-    return (config.text_field, config.parse_special_tokens)
+    return (config.text_field, config.tokens_field, config.parse_special_tokens)
 
 
 def _report_damage(directory: Path, damage: str) -> None:
     if directory.exists():
         _log.warning("token cache %s is damaged (%s): building it again", directory, damage)
+
+
+def _report_copies(files: Sequence[SourceFile]) -> None:
+    same = copies(files)
+    if same:
+        more = f", and {len(same) - 1} more such sets" if len(same) > 1 else ""
+        _log.warning("equal content under several names is learnt from as often: %s%s", " = ".join(same[0]), more)
 
 
 def _damage(directory: Path) -> str | None:
@@ -176,11 +185,13 @@ def _build(
     directory: Path, files: Sequence[SourceFile], config: DataConfig, tokenizer: Tokenizer, progress: Progress | None
 ) -> None:
     """Shards first, each kept as soon as it is finished; then one file of all; then the final name."""
+    _report_copies(files)
     partial = directory.with_suffix(".partial")
     partial.mkdir(exist_ok=True)
     job = Job(
         shards=shards.plan_shards(files),
         text_field=config.text_field,
+        tokens_field=config.tokens_field,
         parse_special_tokens=config.parse_special_tokens,
         token_dtype="uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32",
     )

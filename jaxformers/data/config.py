@@ -70,18 +70,33 @@ class SourceConfig(BaseModel):
 
     paths: Strings = Field(
         (),
-        description="Globs of files; `**` crosses folders, {stdlib} is the running Python's standard library. "
-        ".jsonl, .jsonl.gz and .jsonl.zst hold a document a line, any other file is one document.",
+        description="Globs of files; `**` crosses folders, {stdlib} is the running Python's standard library, a URL "
+        "such as s3:// or hf:// is read through fsspec. format huggingface: folders of save_to_disk, or names on the "
+        "hub; format python: package.module:function.",
+    )
+    format: Literal[
+        "auto", "text", "jsonl", "csv", "parquet", "arrow", "arrayrecord", "megatron", "huggingface", "python"
+    ] = Field(
+        "auto",
+        description="How documents lie in the files; auto: as a file's name says (.jsonl, .csv, .tsv, .parquet, "
+        ".arrow, .feather, .arrayrecord, .bin with .idx, a folder of save_to_disk); any other file is one document.",
     )
     exclude: Strings = Field(
         ("*/site-packages/*", "*/dist-packages/*", "*/__pycache__/*"),
         description="Globs of files to leave out, matched against the whole path; here `*` crosses folders.",
     )
-    text_field: str = Field("text", description="The field of a .jsonl record that holds the text.")
+    text_field: str = Field("text", description="The field or column of a record that holds the text.")
+    tokens_field: str | None = Field(
+        None,
+        description="The field or column that holds ready ids, such as input_ids, instead of text; for ArrayRecord the "
+        "type of the ids in its records: uint16, uint32, int32 or int64.",
+    )
+    subset: str | None = Field(None, description="Hugging Face names: the dataset's configuration, if it has several.")
+    split: str | None = Field(None, description="Hugging Face datasets: the split to read, if there are several.")
     on_bad_text: Literal["skip", "error"] = Field(
         "skip",
-        description="Text that is not UTF-8, lines that are not JSON or lack the field: "
-        "skip (counted and named in the report) or error.",
+        description="Records that are no document (not UTF-8, not JSON, without the field, null, ids that the "
+        "tokenizer does not have): skip (counted and named in the report) or error.",
     )
     parse_special_tokens: bool = Field(
         False, description="Whether a special token spelled out in a document counts as that token or as plain text."
@@ -89,6 +104,18 @@ class SourceConfig(BaseModel):
     validation_fraction: float = Field(
         0.01, ge=0, lt=1, description="Share of documents held out; a document's content alone decides its side."
     )
+
+    @model_validator(mode="after")
+    def _refuse_keys_of_another_format(self) -> Self:
+        readers = {
+            "tokens_field": ("auto", "jsonl", "csv", "parquet", "arrow", "arrayrecord", "huggingface", "python"),
+            "subset": ("auto", "huggingface"),
+            "split": ("auto", "huggingface"),
+        }
+        for key, formats in readers.items():
+            if getattr(self, key) is not None and self.format not in formats:
+                raise ValueError(f"{key} is for format {', '.join(formats[1:])}, but format is {self.format}")
+        return self
 
 
 class DataConfig(SourceConfig):

@@ -16,7 +16,7 @@ from jaxformers.data.config import DataConfig, TokenizerConfig
 from jaxformers.data.packing import permutation
 from jaxformers.data.rows import PackedRows
 from jaxformers.data.shards import plan_shards
-from jaxformers.data.sources import BadRecord, SourceFile, find_files, read
+from jaxformers.data.sources import Document, SourceFile, files_of, read
 from jaxformers.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_tokenizer
 
 
@@ -123,7 +123,9 @@ def build_tokenizer(config: TokenizerConfig, data: DataConfig) -> Tokenizer:
         assert config.path is not None
         path = Path(config.path).expanduser()
         return load_tokenizer(path, bos_token=config.bos_token, eos_token=config.eos_token, pad_token=config.pad_token)
-    files = find_files(data.paths, data.exclude)
+    if data.tokens_field is not None:
+        raise ValueError("data.tokens_field names ready ids: set tokenizer.kind to file, and path to what made them")
+    files = files_of(data)
     key = content_key(files, data.text_field, config.model_dump(mode="json"))
     directory = cache_root(data.cache_dir) / "tokenizers" / key
     if not directory.is_dir():
@@ -155,7 +157,7 @@ def _sample(files: Sequence[SourceFile], data: DataConfig, max_bytes: int) -> It
     left = max_bytes
     for number in permutation(len(pieces)):
         for record in read(pieces[number], text_field=data.text_field):
-            if isinstance(record, BadRecord) or not record.text.strip():
+            if not isinstance(record, Document) or not record.text.strip():
                 continue
             yield record.text
             left -= len(record.text.encode())

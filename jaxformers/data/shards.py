@@ -21,14 +21,12 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxformers.data.sources import BadRecord, Piece, SourceFile, cut, read
+from jaxformers.data.encoding import batches, encode, good_documents, is_empty
+from jaxformers.data.records import Fields
+from jaxformers.data.sources import BadRecord, Piece, SourceFile, cut
 from jaxformers.data.tokenizer import Tokenizer, load_tokenizer
 
-# One row per document: length in tokens, a hash of its text, and the bytes of its text as UTF-8.
-DOCUMENT = np.dtype([("length", "<i8"), ("hash", "<u8"), ("bytes", "<i8")])
-
 _LEAST_BYTES, _MOST_BYTES, _SHARDS = 1 << 20, 1 << 28, 256  # of text in a shard; how many shards where that allows
-_BATCH_CHARACTERS = 1 << 20  # encoded in one call: large enough to hide the call, small enough to stay in cache
 _NAMES_KEPT = 100  # bad records that are named rather than only counted
 
 
@@ -40,6 +38,7 @@ class Job:
     text_field: str
     parse_special_tokens: bool
     token_dtype: str
+    tokens_field: str | None = None
 
     def save(self, directory: Path) -> None:
         write_atomically(directory / "job.json", json.dumps(asdict(self)).encode())
@@ -86,12 +85,13 @@ def write_shard(job: Job, index: int, tokenizer: Tokenizer, directory: Path) -> 
     empty = 0
     temporary = directory / f"{index:06d}.{os.getpid()}.tmp"
     with open(temporary, "wb") as out:
-        for texts in _batches(_good_texts(job, index, bad)):
-            kept = [text for text in texts if text.strip()]
-            empty += len(texts) - len(kept)
-            ids = _encode(job, kept, tokenizer)
-            documents.append(_facts(kept, ids))
-            content = np.concatenate([*ids, np.empty(0, job.token_dtype)]).tobytes()
+        fields = Fields(job.text_field, job.tokens_field)
+        for batch in batches(good_documents(job.shards[index], fields, tokenizer, bad)):
+            kept = [document for document in batch if not is_empty(document)]
+            empty += len(batch) - len(kept)
+            made = encode(kept, tokenizer, parse_special_tokens=job.parse_special_tokens, dtype=job.token_dtype)
+            documents.append(made.facts)
+            content = made.ids.tobytes()
             out.write(content)
             digest.update(content)
         _sync(out)
@@ -146,44 +146,6 @@ def write_atomically(path: Path, content: bytes) -> None:
 def _sync(file) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _good_texts(job: Job, index: int, bad: list[BadRecord]) -> Iterator[str]:
-    for piece in job.shards[index]:
-        for record in read(piece, text_field=job.text_field):
-            if isinstance(record, BadRecord):
-                bad.append(record)
-            else:
-                yield record.text
-
-
-def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    size = 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= _BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _encode(job: Job, texts: list[str], tokenizer: Tokenizer) -> list[np.ndarray]:
-    """The ids of each text: as the tokenizer begins and ends a text, and always ending in the end-of-text id."""
-    encoded = tokenizer.encode_batch(texts, parse_special_tokens=job.parse_special_tokens)
-    end = tokenizer.eos_id
-    return [np.array(ids if ids and ids[-1] == end else [*ids, end], job.token_dtype) for ids in encoded]
-
-
-def _facts(texts: list[str], ids: list[np.ndarray]) -> np.ndarray:
-    facts = np.empty(len(texts), DOCUMENT)
-    for row, (text, tokens) in enumerate(zip(texts, ids, strict=True)):
-        raw = text.encode()
-        content = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")
-        facts[row] = (len(tokens), content, len(raw))
-    return facts
 
 
 def write_shards(

@@ -110,9 +110,9 @@ def test_any_number_of_processes_writes_the_same_bytes(config, bytes_tokenizer, 
 
 
 def test_shards_are_cut_by_size_alone():
-    files = [SourceFile("a.txt", 10, 0), SourceFile("b.jsonl", 5 << 20, 0), SourceFile("c.txt", 3 << 20, 0)]
+    files = [SourceFile("a.txt", 10, 0), SourceFile("b.jsonl", 5 << 20, 0, "jsonl"), SourceFile("c.txt", 3 << 20, 0)]
     planned = shards.plan_shards(files)
-    assert planned[0] == (Piece("a.txt"), Piece("b.jsonl", 0, 1 << 20))
+    assert planned[0] == (Piece("a.txt"), Piece("b.jsonl", 0, 1 << 20, "jsonl"))
     assert [piece for shard in planned for piece in shard][-1] == Piece("c.txt")
     assert len(planned) == 6
 
