@@ -87,12 +87,18 @@ def cache_root(cache_dir: Path | None = None) -> Path:
 
 
 def open_cache(
-    config: DataConfig, tokenizer: Tokenizer, *, progress: Progress | None = None, pool: Pool | None = None
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    progress: Progress | None = None,
+    pool: Pool | None = None,
+    thorough: bool = False,
 ) -> TokenCache:
     """The tokenized corpus of a config, built first where there is none yet or where its files are damaged.
 
     Processes that open the same corpus wait for the one that builds it; `progress` is called only there. `pool` is who
-    tokenizes, by default `config.workers` processes of this machine; it has no part in what comes out.
+    tokenizes, by default `config.workers` processes of this machine; it has no part in what comes out. `thorough` is
+    whether to read the ids, too, to see that they have not changed.
 
     Raises:
         ValueError: no such files, no document in them, a record that `on_bad_text: error` refuses, a tokenizer with no
@@ -100,9 +106,9 @@ def open_cache(
     """
     files = find_files(config.paths, config.exclude)
     directory = locate_cache(config, tokenizer, files)
-    if damage_of(directory) is not None:
+    if damage_of(directory, thorough=thorough) is not None:
         with writing_to(directory.parent), FileLock(directory.with_suffix(".lock")):
-            damage = damage_of(directory)  # another process may have built it while this one waited
+            damage = damage_of(directory, thorough=thorough)  # another process may have built it while this one waited
             if damage is not None:
                 _report_damage(directory, damage)
                 pool = pool or LocalPool(config.workers or usable_cores())

@@ -1,9 +1,12 @@
 """Tokenizing on a Ray cluster: the shards of a job as Ray tasks. Needs the extra `ray`.
 
-The job, the tokenizer and this package travel to the nodes; what it imports (tokenizers, numpy) must be installed there,
-in the same versions. The cache folder and the sources must be storage that every node sees under the same path.
+This package travels to the nodes; what it imports (tokenizers, numpy, ...) must be installed there in the same
+versions. The job and the tokenizer lie in the cache folder, which, as the sources, must be storage that every node sees
+under the same path.
 """
 
+import functools
+import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +22,17 @@ _IN_FLIGHT = 4  # tasks submitted for each processor, so that none waits for the
 
 @dataclass(frozen=True)
 class RayPool:
-    """The processors of a Ray cluster: HOST:PORT or ray://HOST:PORT, "auto" for the one this machine belongs to, "local"
-    for one of its own; `count` tasks at the same time at most, None: as many as the cluster has processors."""
+    """The processors of a Ray cluster, `count` at most; None: as many as it has.
+
+    `address` is HOST:PORT or ray://HOST:PORT, "auto" for the cluster this machine belongs to, "local" to start one.
+    """
 
     address: str
     count: int | None = None
 
-    def run(self, directory: Path, indices: Sequence[int], tokenizer: Tokenizer, stepped: Callable[[Step], None]) -> None:
+    def run(
+        self, directory: Path, indices: Sequence[int], tokenizer: Tokenizer, stepped: Callable[[Step], None]
+    ) -> None:
         """Writes the shards, as `workers.Pool` says.
 
         Raises:
@@ -81,14 +88,24 @@ def _run(ray, count: int | None, directory: Path, indices: Sequence[int], steppe
         if error is not None:
             raise ValueError(error)
         if shards.read_shard(directory, index) is None:
-            raise ValueError(f"a Ray node wrote shard {index} to {directory}, which is not there: all nodes must share it")
+            raise ValueError(
+                f"a Ray node wrote shard {index} to {directory}, which is not there: all nodes must share it"
+            )
         stepped(Step(index, size, tokens))
         stepped(Step(index, finished=True))
+
+
+@functools.lru_cache(maxsize=1)
+def _open(folder: Path, made: int) -> tuple[Job, Tokenizer]:
+    """The job and the tokenizer in a folder, read once a process; `made` tells a job from an older one there."""
+    return Job.load(folder), load_tokenizer(folder / "tokenizer")
 
 
 def _write_on_node(directory: str, index: int) -> tuple[int, int, str | None]:
     """(bytes of text, tokens, what went wrong) of one shard, written by a node."""
     folder = Path(directory)
+    if not folder.is_dir():
+        return 0, 0, f"node {platform.node()} does not see {folder}: the cache folder must be storage all nodes share"
     done = [0, 0]
 
     def advanced(size: int, tokens: int) -> None:
@@ -96,7 +113,8 @@ def _write_on_node(directory: str, index: int) -> tuple[int, int, str | None]:
         done[1] += tokens
 
     try:
-        shards.write_shard(Job.load(folder), index, load_tokenizer(folder / "tokenizer"), folder, advanced)
+        job, tokenizer = _open(folder, (folder / "job.json").stat().st_mtime_ns)
+        shards.write_shard(job, index, tokenizer, folder, advanced)
     except (ValueError, OSError) as error:
         return 0, 0, str(error)
     return done[0], done[1], None
