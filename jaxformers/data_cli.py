@@ -232,11 +232,11 @@ def _show(made: Sequence[Tokenized], console: Console) -> None:
     from rich.table import Table
 
     table = Table(box=SIMPLE)
+    named = any(corpus.name for corpus in made)
+    if named:
+        table.add_column("source")
     for title in ("files", "documents", "tokens", "bytes per token", "skipped", "empty", "seconds"):
         table.add_column(title, justify="right")
-    named = len(made) > 1 or bool(made[0].name)
-    if named:
-        table.columns.insert(0, dataclasses.replace(table.columns[0], header="source", justify="left"))
     for corpus in made:
         known = corpus.manifest
         counts = [f"{n:,}" for n in (known.source_files, known.documents, known.tokens)]

@@ -2,11 +2,14 @@
 
 import json
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
+from jaxformers import cli
 from jaxformers.data.config import DataConfig
 from jaxformers.data.tokenizer import Tokenizer, byte_tokenizer
 
@@ -44,3 +47,34 @@ def jsonl(tmp_path: Path, texts: list[str]) -> Path:
 @pytest.fixture
 def config(tmp_path: Path, jsonl: Path) -> DataConfig:
     return DataConfig(paths=str(jsonl), cache_dir=tmp_path / "cache", sequence_length=32, packing_window=8, workers=1)
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def mistake(self) -> str:
+        """What a user's mistake is answered with, checked to be that and nothing else."""
+        assert (self.code, self.out) == (2, ""), self
+        (line,) = self.err.splitlines()
+        return line.removeprefix("jaxformers: ")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys) -> Callable[..., Outcome]:
+    """`run("data", "inspect", path)`: the command in this process."""
+
+    def call(*arguments) -> Outcome:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["jaxformers", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        return Outcome(code, *capsys.readouterr())
+
+    return call

@@ -18,7 +18,7 @@ import numpy as np
 from filelock import FileLock
 
 from jaxformers.data.cache import SOURCES, TokenCache
-from jaxformers.data.shards import sha256_of, write_atomically
+from jaxformers.data.shards import sha256_of
 from jaxformers.data.sources import SourceFile
 from jaxformers.data.writers.arrayrecord import write_arrayrecord
 from jaxformers.data.writers.megatron import megatron_dtype, write_megatron_index, write_megatron_tokens
@@ -26,6 +26,7 @@ from jaxformers.data.writers.megatron import megatron_dtype, write_megatron_inde
 ExportFormat = Literal["arrayrecord", "megatron"]
 
 _MANIFEST, _JOURNAL, _LOCK = "manifest.json", "manifest.partial.json", ".lock"
+_UNFINISHED = ".tmp"  # and no process number: what a kill leaves behind is written over
 _VERSION = 1
 _RECORD_FILE_TOKENS = 1 << 28  # of an .arrayrecord file, about
 _Write = Callable[[Path], None]
@@ -75,9 +76,9 @@ def find_export(directory: Path, to: ExportFormat, origin: Origin, *, thorough: 
     """
     manifest = _read(directory, _MANIFEST) or _read(directory, _JOURNAL)
     if manifest is None:
-        found = sorted(path.name for path in directory.iterdir() if path.name != _LOCK) if directory.is_dir() else []
-        if found:
-            raise ValueError(f"{directory} holds {found[0]} and no manifest: choose another --output")
+        found = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
+        if foreign := sorted(found - {_LOCK, f"{_JOURNAL}{_UNFINISHED}"}):
+            raise ValueError(f"{directory} holds {foreign[0]} and no manifest: choose another --output")
         return None
     _check_same(directory, manifest, to, origin)
     if not (directory / _MANIFEST).exists():
@@ -130,6 +131,8 @@ def _new_manifest(cache: TokenCache, to: ExportFormat, vocab_size: int, eos_id: 
 def _write(cache: TokenCache, directory: Path, manifest: ExportManifest) -> ExportManifest:
     before = _read(directory, _JOURNAL)
     kept = {} if before is None else before.files
+    if before is None:
+        _save(directory / _JOURNAL, manifest)  # says whose the files are that will lie here, finished or not
     for name, write in _plan(cache, manifest).items():
         fact = kept.get(name)
         if fact is None or _damage(directory / name, fact, thorough=True):
@@ -163,7 +166,8 @@ def _plan(cache: TokenCache, manifest: ExportManifest) -> Mapping[str, _Write]:
 
 
 def _write_file(path: Path, write: _Write) -> tuple[int, str]:
-    temporary = path.with_name(f"{path.name}.tmp")  # no process number: what a kill leaves behind is written over
+    """Its size and SHA-256."""
+    temporary = path.with_name(f"{path.name}{_UNFINISHED}")
     write(temporary)
     with open(temporary, "rb+") as file:
         os.fsync(file.fileno())
@@ -182,7 +186,8 @@ def _damage(path: Path, fact: tuple[int, str], *, thorough: bool) -> str | None:
 
 
 def _save(path: Path, manifest: ExportManifest) -> None:
-    write_atomically(path, (json.dumps(asdict(manifest), indent=2) + "\n").encode())
+    content = (json.dumps(asdict(manifest), indent=2) + "\n").encode()
+    _write_file(path, lambda temporary: temporary.write_bytes(content))
 
 
 def _read(directory: Path, name: str) -> ExportManifest | None:
