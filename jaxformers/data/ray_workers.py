@@ -7,6 +7,7 @@ under the same path.
 
 import functools
 import platform
+import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from jaxformers.data.shards import Job
 from jaxformers.data.tokenizer import Tokenizer, load_tokenizer
 from jaxformers.data.workers import Step
 
+_PATIENCE = 10  # seconds
 _IN_FLIGHT = 4  # tasks submitted for each processor, so that none waits for the next one
 
 
@@ -54,6 +56,7 @@ def _connect(address: str, count: int | None):
         import ray
     except ImportError:
         raise ValueError("--ray needs Ray: pip install 'jaxformers[ray]'") from None
+    _knock(address)
     options = {"num_cpus": count} if address == "local" and count is not None else {}
     try:
         ray.init(
@@ -68,6 +71,19 @@ def _connect(address: str, count: int | None):
         reason = " ".join(str(error).split())
         raise ValueError(f"no Ray cluster can be reached at {address!r} ({reason})") from error
     return ray
+
+
+def _knock(address: str) -> None:
+    """Refuses at once an address that nobody answers at, which Ray itself would try for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon:
+        if address not in ("auto", "local"):
+            raise ValueError(f"{address!r} is no address of a Ray cluster: HOST:PORT, ray://HOST:PORT, auto or local")
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_PATIENCE).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise ValueError(f"no Ray cluster can be reached at {address!r} ({error})") from error
 
 
 def _run(ray, count: int | None, directory: Path, indices: Sequence[int], stepped: Callable[[Step], None]) -> None:

@@ -3,10 +3,12 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import yaml
@@ -300,6 +302,20 @@ def test_a_source_that_vanishes_under_a_ray_cluster_is_named(config, jsonl, byte
 
     with pytest.raises(ValueError, match=f"{jsonl}: cannot be read: No such file"):
         open_cache(config, bytes_tokenizer, pool=Vanishing("local", 1))
+
+
+@pytest.mark.parametrize(
+    "address, said",
+    [
+        ("127.0.0.1:1", r"no Ray cluster can be reached at '127.0.0.1:1' \(.*refused.*\)"),
+        ("ray://127.0.0.1:1", r"no Ray cluster can be reached at 'ray://127.0.0.1:1' \(.*refused.*\)"),
+        ("127.0.0.1:head", "no Ray cluster can be reached at '127.0.0.1:head'"),
+        ("head", "'head' is no address of a Ray cluster: HOST:PORT, ray://HOST:PORT, auto or local"),
+    ],
+)
+def test_a_ray_address_that_nobody_answers_at_is_refused_at_once(run, jsonl, tokenizer, address, said, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", types.ModuleType("ray"))
+    assert re.match(said, run("data", "tokenize", jsonl, "--tokenizer", tokenizer, "--ray", address).mistake)
 
 
 def test_ray_is_asked_for_where_it_is_missing(run, jsonl, tokenizer, monkeypatch):
