@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import jaxformers
 from jaxformers.data import shards
 from jaxformers.data.shards import Job
 from jaxformers.data.tokenizer import Tokenizer, load_tokenizer
 from jaxformers.data.workers import Step
 
+_PACKAGE = Path(__file__).parent.parent  # travels to the nodes
 _PATIENCE = 10  # seconds
 _IN_FLIGHT = 4  # tasks submitted for each processor, so that none waits for the next one
 
@@ -61,7 +61,7 @@ def _connect(address: str, count: int | None):
     try:
         ray.init(
             address=address,
-            runtime_env={"py_modules": [str(Path(jaxformers.__file__).parent)]},
+            runtime_env={"py_modules": [str(_PACKAGE)]},
             log_to_driver=False,
             logging_level="ERROR",
             include_dashboard=False if address == "local" else None,

@@ -22,7 +22,7 @@ from jaxformers.data.tokenizer import Tokenizer
 DOCUMENT = np.dtype([("length", "<i8"), ("hash", "<u8"), ("bytes", "<i8")])
 
 _LEAST_BYTES, _MOST_BYTES, _SHARDS = 1 << 20, 1 << 28, 256  # of text in a shard; how many shards where that allows
-_BATCH_CHARACTERS = 1 << 20  # encoded in one call: large enough to hide the call, small enough to stay in cache
+_BATCH_CHARACTERS = 1 << 18  # encoded in one call: large enough to hide the call, small enough to stay in cache
 _NAMES_KEPT = 100  # bad records that are named rather than only counted
 
 
