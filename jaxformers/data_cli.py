@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 data_app = typer.Typer(help="Tokenize a corpus, and look into a tokenized one.", no_args_is_help=True)
 
 _NAMES_SHOWN = 5
+_SECONDS_BETWEEN_LINES = 60
 _OVERRIDE = re.compile(r"(data|tokenizer)(\.\w+)+=", re.ASCII)
 
 TokenizerRef = Annotated[
@@ -73,7 +75,11 @@ def tokenize(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list, an object a source.")] = False,
 ) -> None:
-    """Tokenize a corpus once, in parallel; run again after an interruption, it goes on behind the finished shards."""
+    """Tokenize a corpus once, in parallel; run again after an interruption, it goes on behind the finished shards.
+
+    What comes out is the same for any number of processes. Records that are no text are counted, named and left out, or
+    refused with data.on_bad_text=error.
+    """
     given = {"data.text_field": text_field, "data.workers": workers}
     if to == "cache" and output is not None:
         given["data.cache_dir"], output = str(output), None
@@ -82,7 +88,7 @@ def tokenize(
 
     from jaxformers.data import tokenizing
 
-    with _bar(Console(stderr=True)) as bar:
+    with _bar(Console(stderr=True)) as bar, _going_on():
         made = tokenizing.tokenize(
             config.data,
             _tokenizer(config, tokenizer),
@@ -178,27 +184,44 @@ class _Watched:
 
 
 class _Bar:
-    """A line for each corpus that is being tokenized: how much of its files is done, tokens a second, time left."""
+    """A line for each corpus that is being tokenized: how much of its files is done, tokens a second, time left. Where
+    there is no terminal, as in the log of a job, a plain line a minute."""
 
     def __init__(self, progress: Progress):
         self._progress = progress
         self._task = None
-        self._tokens, self._start = 0, 0.0
+        self._tokens, self._start, self._said = 0, 0.0, 0.0
 
     def begin(self, name: str) -> Told:
         self._tokens, self._start = 0, time.monotonic()
+        self._said = self._start
         task = self._task = self._progress.add_task(name or "tokenizing", total=None, visible=False, rate="")
 
         def told(done: int, total: int) -> None:
             self._progress.update(task, completed=done, total=total, visible=True)
+            if self._progress.disable and time.monotonic() - self._said >= _SECONDS_BETWEEN_LINES:
+                self._said = time.monotonic()
+                line = f"{name or 'tokenizing'}: {done / max(total, 1):.1%} of {total / 1e6:,.1f} MB, {self._rate()}"
+                print(line, file=sys.stderr, flush=True)
 
         return told
 
     def tokenized(self, step: Step) -> None:
         self._tokens += step.tokens
-        rate = self._tokens / max(time.monotonic() - self._start, 1e-3)
         assert self._task is not None
-        self._progress.update(self._task, rate=f"{rate:,.0f} tokens/s")
+        self._progress.update(self._task, rate=self._rate())
+
+    def _rate(self) -> str:
+        return f"{self._tokens / max(time.monotonic() - self._start, 1e-3):,.0f} tokens/s"
+
+
+@contextmanager
+def _going_on() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from there", file=sys.stderr)
+        raise
 
 
 @contextmanager

@@ -131,6 +131,8 @@ def _write_on_node(directory: str, index: int) -> tuple[int, int, str | None]:
     try:
         job, tokenizer = _open(folder, (folder / "job.json").stat().st_mtime_ns)
         shards.write_shard(job, index, tokenizer, folder, advanced)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         return 0, 0, str(error)
+    except OSError as error:
+        return 0, 0, f"node {platform.node()} cannot write to the cache folder {folder} ({error.strerror or error})"
     return done[0], done[1], None

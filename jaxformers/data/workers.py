@@ -42,7 +42,8 @@ class Pool(Protocol):
         """Writes these shards of the job in `directory`; calls `stepped` from the calling thread as they grow.
 
         Raises:
-            ValueError: a source that cannot be read, a folder that cannot be written.
+            ValueError: a source that cannot be read.
+            OSError: a folder that cannot be written.
             RuntimeError: a tokenizing process that died.
         """
         ...
@@ -156,7 +157,7 @@ def _ask(process: subprocess.Popen, index: int) -> Iterator[Step | Exception]:
             return
         reply = json.loads(answer)
         if "error" in reply:
-            yield ValueError(reply["error"])
+            yield (OSError if reply.get("writing") else ValueError)(reply["error"])
             return
         step = Step(**reply)
         finished = step.finished
@@ -172,8 +173,10 @@ def _serve(directory: Path) -> None:
     for line in sys.stdin:
         try:
             _write(job, int(line), tokenizer, directory, lambda step: print(json.dumps(asdict(step)), flush=True))
-        except (ValueError, OSError) as error:
+        except ValueError as error:
             print(json.dumps({"error": str(error)}), flush=True)
+        except OSError as error:  # of the cache folder: what is wrong with a source is a ValueError
+            print(json.dumps({"error": error.strerror or str(error), "writing": True}), flush=True)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ byte-level BPE of 8,192 ids learned from it. Each round times each arm once, so 
 them; ratios are of medians, and above 1 ours is the faster.
 
 `tokenizers` is `encode_batch_fast` in the library's own threads over texts that are in memory already, a million
-characters a core at once: nothing is read, no id leaves the library, nothing is kept. `ours` starts its processes, reads
-and parses the .jsonl, hashes every text, and has a checked, mapped cache of ids and of documents at the end.
+characters a core at once: nothing is read, no id leaves the library, nothing is kept. `ours` starts its processes,
+reads and parses the .jsonl, hashes every text, and has a checked, mapped cache of ids and of documents at the end.
 """
 
 from __future__ import annotations

@@ -222,6 +222,21 @@ def test_the_bar_shows_bytes_and_tokens_a_second(jsonl, tokenizer):
     assert "tokens/s" in shown
 
 
+def test_without_a_terminal_a_line_comes_now_and_then(run, jsonl, tokenizer, monkeypatch):
+    monkeypatch.setattr(data_cli, "_SECONDS_BETWEEN_LINES", 0)
+    done = run("data", "tokenize", jsonl, "--tokenizer", tokenizer)
+    assert re.fullmatch(r"tokenizing: 100.0% of 0.0 MB, [\d,]+ tokens/s", done.err.splitlines()[-1])
+
+
+def test_an_interrupted_command_says_how_to_go_on(run, jsonl, tokenizer, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shards, "write_shard", interrupted)
+    done = run("data", "tokenize", jsonl, "--tokenizer", tokenizer)
+    assert (done.code, done.out, done.err) == (130, "", "stopped; the same command goes on from there\n")
+
+
 def test_steps_inside_a_shard_move_the_bar(config, bytes_tokenizer, monkeypatch):
     monkeypatch.setattr(shards, "_BATCH_CHARACTERS", 200)
     seen = []
@@ -266,6 +281,23 @@ def test_a_corpus_whose_making_is_killed_again_and_again_is_the_same(tmp_path, t
     assert _files(tmp_path / "cache" / "corpora" / whole.directory.name) == _files(whole.directory)
     if to != "cache":
         assert (tmp_path / "out" / "tokens.bin").read_bytes() == whole.tokens.tobytes()
+
+
+def test_a_disk_that_takes_no_more_is_one_line(tmp_path, tokenizer, make_texts):
+    """A limit on the size of files stands for the full disk: it, too, is met in the middle of a write of a worker."""
+    resource = pytest.importorskip("resource")
+    for number in range(3):
+        (tmp_path / f"{number}.txt").write_text("".join(make_texts(300, seed=number)) * 24)
+    done = subprocess.run(
+        _command(f"{tmp_path}/*.txt", "--tokenizer", tokenizer, "--workers", 2),
+        check=False,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)),
+    )
+    folder = tmp_path / "cache" / "corpora"
+    said = f"jaxformers: cannot write to the cache folder {folder} (File too large): set data.cache_dir\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
 
 
 def _finished(tmp_path) -> set[str]:
