@@ -6,9 +6,9 @@ nothing of the processes that build shards, nor of what becomes of them.
 """
 
 import hashlib
-import itertools
 import json
 import os
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ DOCUMENT = np.dtype([("length", "<i8"), ("hash", "<u8"), ("bytes", "<i8")])
 
 _LEAST_BYTES, _MOST_BYTES, _SHARDS = 1 << 20, 1 << 28, 256  # of text in a shard; how many shards where that allows
 _BATCH_CHARACTERS = 1 << 18  # encoded in one call: large enough to hide the call, small enough to stay in cache
+_STRUCT_CODES = {"uint16": "H", "uint32": "I"}
 _NAMES_KEPT = 100  # bad records that are named rather than only counted
 
 
@@ -91,13 +92,12 @@ def write_shard(
         for texts in _batches(_good_texts(job, index, bad)):
             kept = [text for text in texts if text.strip()]
             empty += len(texts) - len(kept)
-            ids, lengths = _encode(job, kept, tokenizer)
+            content, lengths = _encode(job, kept, tokenizer)
             documents.append(_facts(kept, lengths))
-            content = ids.tobytes()
             out.write(content)
             digest.update(content)
             if advanced is not None:
-                advanced(int(documents[-1]["bytes"].sum()), len(ids))
+                advanced(int(documents[-1]["bytes"].sum()), sum(lengths))
     os.replace(temporary, tokens_file(directory, index))
     rows = b"".join(batch.tobytes() for batch in documents)
     write_atomically(documents_file(directory, index), rows, sync=False)
@@ -175,17 +175,17 @@ def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _encode(job: Job, texts: list[str], tokenizer: Tokenizer) -> tuple[np.ndarray, list[int]]:
-    """The ids of all texts end to end, and how many are each one's: as the tokenizer begins and ends a text, and always
-    ending in the end-of-text id."""
+def _encode(job: Job, texts: list[str], tokenizer: Tokenizer) -> tuple[bytes, list[int]]:
+    """The ids of all texts end to end, little-endian, and how many are each one's: as the tokenizer begins and ends a
+    text, and always ending in the end-of-text id."""
     encoded = tokenizer.encode_batch(texts, parse_special_tokens=job.parse_special_tokens)
     end = tokenizer.eos_id
     for ids in encoded:
         if not ids or ids[-1] != end:
             ids.append(end)
-    lengths = list(map(len, encoded))
-    # One pass over Python's integers; an array for each text and then one of all would be three.
-    return np.fromiter(itertools.chain.from_iterable(encoded), job.token_dtype, sum(lengths)), lengths
+    code = _STRUCT_CODES[job.token_dtype]
+    # Half the time of an array made from a list of Python's integers.
+    return b"".join(struct.pack(f"<{len(ids)}{code}", *ids) for ids in encoded), list(map(len, encoded))
 
 
 def _facts(texts: list[str], lengths: list[int]) -> np.ndarray:

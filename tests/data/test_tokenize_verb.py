@@ -259,7 +259,7 @@ def _command(*arguments) -> list[str]:
 @pytest.mark.parametrize("to, times", [("cache", 3), ("megatron", 1)])
 def test_a_corpus_whose_making_is_killed_again_and_again_is_the_same(tmp_path, tokenizer, make_texts, to, times):
     """kill -9 of the command and its workers at random moments, each after some more shards are finished."""
-    for number in range(8):
+    for number in range(6):
         (tmp_path / f"{number}.txt").write_text("".join(make_texts(300, seed=number)) * 24)
     arguments = [f"{tmp_path}/*.txt", "--tokenizer", tokenizer, "--workers", 2, "--to", to]
     arguments += ["--output", tmp_path / "out"] if to != "cache" else []
