@@ -17,6 +17,7 @@ from typing import Annotated
 import typer
 
 from jaxformers.bench_cli import bench_app
+from jaxformers.data_cli import data_app
 
 app = typer.Typer(
     name="jaxformers",
@@ -26,6 +27,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(bench_app, name="bench")
+app.add_typer(data_app, name="data")
 
 Ref = Annotated[
     str,
