@@ -1,17 +1,23 @@
-"""Rows cut out of the token cache: everything a model needs to know of one sequence. T tokens in a row.
+"""Rows cut out of documents: everything a model needs to know of one sequence. T tokens in a row.
 
 Knows no batch and no process; `len` and `[n]` are all that Grain asks of a data source.
 """
 
+import bisect
 import hashlib
+import itertools
 import sys
-from typing import TypedDict
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Protocol, TypedDict
 
 import numpy as np
 
 from jaxformers.data.cache import TokenCache
 from jaxformers.data.config import DataConfig
-from jaxformers.data.packing import PackingPlan
+from jaxformers.data.documents import CachedDocuments, Documents
+from jaxformers.data.fim import Fim, FimDocuments
+from jaxformers.data.packing import PackingPlan, Pieces
 
 
 class Row(TypedDict):
@@ -19,9 +25,10 @@ class Row(TypedDict):
 
     tokens: int32; 0 where there is padding.
     targets: int32; the token that follows in the same document, 0 where there is none.
-    weights: float32; 1 where there is a target, 0 at a document's last token and at padding.
-    positions: int32; counts from 0 in every piece of a document, 0 at padding.
-    segment_ids: int32; 1, 2, ... for the pieces of a row from left to right, 0 at padding.
+    weights: float32; 1 where there is a target, 0 at a document's last token and at padding (and, by config, where the
+        target would be the end-of-text token).
+    positions: int32; counts from 0 in every piece of a document or, by config, through the row; 0 at padding.
+    segment_ids: int32; 1, 2, ... for the pieces of a row from left to right or, by config, 1 for all; 0 at padding.
     """
 
     tokens: np.ndarray
@@ -31,6 +38,21 @@ class Row(TypedDict):
     segment_ids: np.ndarray
 
 
+class Rows(Protocol):
+    """What batches are made of: rows by number."""
+
+    sequence_length: int
+
+    def __len__(self) -> int:
+        """How many rows there are; sys.maxsize where they never end."""
+
+    def __getitem__(self, n: int) -> Row:
+        """Row n. IndexError where there is none."""
+
+    def fingerprint_before(self, n: int) -> str:
+        """Equal exactly where all of the first n rows are equal."""
+
+
 class PackedRows:
     """Some documents of a cache as rows, by number. Row n depends on the documents, the settings and n alone.
 
@@ -38,22 +60,40 @@ class PackedRows:
     in one row have segments of their own in both kinds of packing: none is meant to see another.
     """
 
-    def __init__(self, cache: TokenCache, documents: np.ndarray, config: DataConfig, *, epochs: int | None = None):
-        """Rows of `documents` (int64, indices into the cache); `epochs` None repeats them without end."""
-        self._cache = cache
-        self._documents = documents
+    def __init__(
+        self,
+        cache: TokenCache,
+        documents: np.ndarray,
+        config: DataConfig,
+        *,
+        epochs: int | None = None,
+        fim: Fim | None = None,
+    ):
+        """Rows of `documents` (int64, indices into the cache), some of them rearranged as `fim` says; `epochs` None
+        repeats them without end."""
+        cached = CachedDocuments(cache, documents)
+        self._documents: Documents = cached if fim is None else FimDocuments(cached, fim)
+        self._config = config
         self._plan = PackingPlan(
-            cache.lengths[documents],
+            self._documents.lengths,
             sequence_length=config.sequence_length,
             packing=config.packing,
             window=config.packing_window,
             seed=config.seed,
             shuffle=config.shuffle,
         )
-        settings = (config.sequence_length, config.packing, config.packing_window, config.seed, config.shuffle)
-        self._settings = repr((cache.manifest.tokenizer, settings))
-        self._epochs = epochs
+        self.epochs = epochs
         self.sequence_length = config.sequence_length
+
+    @property
+    def documents(self) -> int:
+        """How many documents an epoch has."""
+        return len(self._documents.lengths)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens an epoch has."""
+        return int(self._documents.lengths.sum())
 
     @property
     def rows_per_epoch(self) -> int:
@@ -64,20 +104,27 @@ class PackedRows:
         """The share of all positions that hold a token rather than padding."""
         return self._plan.efficiency
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Equal exactly where row n is equal for every n: the same documents, tokenizer and settings."""
-        digest = hashlib.sha256(self._settings.encode())
-        digest.update(self._cache.hashes[self._documents].tobytes())
-        digest.update(self._cache.lengths[self._documents].tobytes())
+        c = self._config
+        settings = (c.sequence_length, c.packing, c.packing_window, c.seed, c.shuffle)
+        reading = (c.attend_across_documents, c.reset_positions, c.end_of_text_loss)
+        digest = hashlib.sha256(repr((self._documents.settings, settings, reading)).encode())
+        digest.update(self._documents.hashes.tobytes())
+        digest.update(self._documents.lengths.tobytes())
         return digest.hexdigest()[:32]
 
+    def fingerprint_before(self, n: int) -> str:
+        """The fingerprint: what one source's first rows are decides all of them."""
+        return self.fingerprint
+
     def __len__(self) -> int:
-        endless = self._epochs is None and self.rows_per_epoch > 0
-        return sys.maxsize if endless else self.rows_per_epoch * (self._epochs or 1)
+        endless = self.epochs is None and self.rows_per_epoch > 0
+        return sys.maxsize if endless else self.rows_per_epoch * (self.epochs or 1)
 
     def __repr__(self) -> str:
-        return f"PackedRows({len(self._documents)} documents, {self.rows_per_epoch} rows of {self.sequence_length})"
+        return f"PackedRows({self.documents} documents, {self.rows_per_epoch} rows of {self.sequence_length})"
 
     def __getitem__(self, n: int) -> Row:
         """Row n; epoch after epoch as n goes on.
@@ -87,25 +134,64 @@ class PackedRows:
         """
         if not 0 <= n < len(self):
             raise IndexError(f"row {n} of {len(self)}")
+        return self.repeated(n)
+
+    def repeated(self, n: int) -> Row:
+        """Row n as if there were no last epoch."""
         pieces = self._plan.pieces(int(n))
         length, filled = pieces.length, int(pieces.length.sum())
-        documents = self._documents[pieces.document]
         left = np.cumsum(length) - length  # where each piece begins in the row
+        goes_on = pieces.start + length < self._documents.lengths[pieces.document]
+        # One token more of each piece whose document goes on: its last token's target.
+        ids = self._documents.read(pieces.document, pieces.start, length + goes_on)
         column = np.arange(filled)
-        # Where each column's token lies in the cache, and where its document ends there.
-        source = np.repeat(self._cache.starts[documents] + pieces.start - left, length) + column
-        end = np.repeat(self._cache.starts[documents] + self._cache.lengths[documents], length)
-        has_target = source + 1 < end
-        following = self._cache.tokens[np.where(has_target, source + 1, source)]
-        return Row(
-            tokens=self._padded(self._cache.tokens[source]),
-            targets=self._padded(np.where(has_target, following, 0)),
-            weights=self._padded(has_target, np.float32),
-            positions=self._padded(column - np.repeat(left, length)),
-            segment_ids=self._padded(np.repeat(np.arange(1, len(length) + 1), length)),
-        )
+        source = column + np.repeat(np.cumsum(goes_on) - goes_on, length)
+        has_target = self._has_target(pieces, left, goes_on)
+        row = {name: np.zeros(self.sequence_length, np.int32) for name in Row.__annotations__ if name != "weights"}
+        row["weights"] = np.zeros(self.sequence_length, np.float32)
+        row["tokens"][:filled] = ids[source]
+        row["targets"][:filled][has_target] = ids[source[has_target] + 1]
+        row["weights"][:filled] = has_target
+        row["positions"][:filled] = column - np.repeat(left, length) if self._config.reset_positions else column
+        segments = 1 if self._config.attend_across_documents else np.repeat(np.arange(1, len(length) + 1), length)
+        row["segment_ids"][:filled] = segments
+        return Row(**row)
 
-    def _padded(self, values: np.ndarray, dtype: type = np.int32) -> np.ndarray:
-        row = np.zeros(self.sequence_length, dtype)
-        row[: len(values)] = values
-        return row
+    def _has_target(self, pieces: Pieces, left: np.ndarray, goes_on: np.ndarray) -> np.ndarray:
+        """bool [filled columns of the row]."""
+        has_target = np.ones(int(pieces.length.sum()), bool)
+        has_target[(left + pieces.length - 1)[~goes_on]] = False
+        if not self._config.end_of_text_loss:
+            before_end = self._documents.lengths[pieces.document] - 2 - pieces.start
+            inside = (before_end >= 0) & (before_end < pieces.length)
+            has_target[(left + before_end)[inside]] = False
+        return has_target
+
+
+class JoinedRows:
+    """The rows of several sources, one source behind the other. Each has to end."""
+
+    def __init__(self, sources: Sequence[PackedRows]):
+        assert sources
+        self._sources = list(sources)
+        self._ends = list(itertools.accumulate(map(len, sources)))
+        self.sequence_length = sources[0].sequence_length
+
+    @property
+    def efficiency(self) -> float:
+        """The share of all positions that hold a token rather than padding."""
+        tokens = sum(rows.tokens for rows in self._sources)
+        return float(tokens / max(len(self) * self.sequence_length, 1))
+
+    @property
+    def rows_per_epoch(self) -> int:
+        return self._ends[-1]
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, n: int) -> Row:
+        if not 0 <= n < len(self):
+            raise IndexError(f"row {n} of {len(self)}")
+        source = bisect.bisect_right(self._ends, n)
+        return self._sources[source][n - (self._ends[source] - len(self._sources[source]))]
