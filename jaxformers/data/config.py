@@ -118,7 +118,7 @@ class SourceConfig(BaseModel):
         1.0, ge=0, allow_inf_nan=False, description="The source's share of a mixture, relative to other weights."
     )
     epochs: int | None = Field(None, gt=0, description="Passes over the source; null: as many as the run asks for.")
-    fim: FimConfig = Field(FimConfig(), description="Fill-in-the-middle; validation and test documents stay as they are.")
+    fim: FimConfig = Field(FimConfig(), description="Fill-in-the-middle, of what is learned from only.")
 
     @model_validator(mode="after")
     def _leave_something_to_learn_from(self) -> Self:
@@ -150,8 +150,8 @@ class DataConfig(SourceConfig):
     )
     when_exhausted: Literal["repeat", "stop", "drop"] = Field(
         "repeat",
-        description="When a source of a mixture has had its epochs: repeat it until all have had theirs; stop there; or "
-        "drop it and go on with the others.",
+        description="When a source of a mixture has had its epochs: repeat it until all have had theirs; stop there; "
+        "or drop it and go on with the others.",
     )
     packing: Literal["first_fit", "best_fit", "concat", "none"] = Field(
         "first_fit",

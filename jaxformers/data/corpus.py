@@ -81,7 +81,6 @@ def open_corpus(
     for name, own in config.by_source().items():
         try:
             sources[name] = _open_source(own, tokenizer, progress)
-            _check_something_to_learn_from(own, sources[name])
         except ValueError as error:
             raise ValueError(f"data.sources.{name}: {error}") from error
     return _mix(config, sources, rows_before)
@@ -103,12 +102,6 @@ def _open_source(config: DataConfig, tokenizer: Tokenizer, progress: Progress | 
         report=_report(cache, sides, train, validation),
         bytes_per_token=float(cache.sizes[measured].sum() / cache.lengths[measured].sum()),
     )
-
-
-def _check_something_to_learn_from(config: DataConfig, corpus: Corpus) -> None:
-    if not corpus.train.rows_per_epoch:
-        counted = f"{corpus.report.validation_documents} for validation and {corpus.report.test_documents} for tests"
-        raise ValueError(f"no document is left to learn from beside {counted}")
 
 
 def _mix(config: DataConfig, sources: Mapping[str, Corpus], rows_before: Callable[[int], int] | None) -> Corpus:
@@ -162,7 +155,7 @@ class Sides:
 
 def split_documents(hashes: np.ndarray, *, validation: float, test: float) -> Sides:
     """The sides of documents by their hashes (uint64): low ones validate, high ones test, so neither share moves the
-    other."""
+    other. Some document is always left to train on, if there is any."""
     validates = split(hashes, validation)
     rest = np.flatnonzero(~validates)
     tests = split(~hashes[rest], test)

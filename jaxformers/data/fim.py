@@ -61,7 +61,9 @@ def _sentinels(config: FimConfig, tokenizer: Tokenizer) -> tuple[str, ...]:
         named = (config.prefix, config.middle, config.suffix)
         missing = [token for token in named if tokenizer.token_id(token) is None]
         if missing:
-            raise ValueError(f"fim names {missing[0]!r}, which is no token; the tokenizer's special tokens are: {known}")
+            raise ValueError(
+                f"fim names {missing[0]!r}, which is no token; the tokenizer's special tokens are: {known}"
+            )
         return named
     for names in _USUAL:
         if all(tokenizer.token_id(token) is not None for token in names):

@@ -79,7 +79,7 @@ class MixedRows:
             (row, [Fraction(named[name]) / per for name, per in zip(self._names, per_row, strict=True)])
             for row, named in sorted(weights.items())
         ]
-        assert self._shares[0][0] == 0
+        assert self._shares[0][0] == 0, "there are weights from the first row on"
         self._segments = self._cut()
         self._starts = [segment.start for segment in self._segments]
         self._prints = self._fingerprints(seed)

@@ -44,7 +44,8 @@ class PackingPlan:
     Every token lies in exactly one row of each epoch. `concat` lays a window's documents end to end and cuts at every
     row's end. The others cut only documents longer than a row, into full rows and a rest: `first_fit` puts each rest
     into the first row of its window with room for it, `best_fit` the longest rest first into the row with the least
-    room for it (best-fit decreasing, arXiv:2404.10830), and `none` into a row of its own.
+    room for it (best-fit decreasing, arXiv:2404.10830), and `none` into a row of its own. In a row, documents keep the
+    order that they have in their window.
     """
 
     def __init__(

@@ -119,9 +119,7 @@ def evaluate(
     return {"validation_loss": nll / weight, **(by_source if len(sources) > 1 else {})}
 
 
-def _sums(
-    program: Program, params: Any, batches: Sequence[Any], place: Callable[[Any], Any]
-) -> tuple[float, float]:
+def _sums(program: Program, params: Any, batches: Sequence[Any], place: Callable[[Any], Any]) -> tuple[float, float]:
     """Cross-entropy in nats and the weight of its targets, summed."""
     nll = weight = 0.0
     for batch in batches:
