@@ -98,7 +98,7 @@ def test_weights_yet_to_come_may_change_at_a_resume_and_those_before_may_not(who
         stop_after(patch, 2)
         jf.fit(config)
     config["data"] = config["data"] | {"weights_at_step": {2: {"code": 9.0}}}
-    with pytest.raises(ValueError, match="the checkpoint's position is in other data: .* the weights of sources have"):
+    with pytest.raises(ValueError, match=r"the checkpoint's position is in other data: .* the weights of sources have"):
         jf.fit(config)
     config["data"] = config["data"] | {"weights_at_step": {5: {"code": 9.0}}}
     result = jf.fit(config)
@@ -124,7 +124,7 @@ def test_a_batch_size_changed_at_a_resume_goes_on_at_the_next_row(tmp_path, monk
     [
         ({"batch_ramp": {2: 12}}, r"a microbatch of 12 rows \(batch_size 12 / accumulation 1\) cannot be split over 8"),
         ({"batch_ramp": {2: 15}, "batch_size": 16, "accumulation": 2}, "batch_ramp.2 15 is not a multiple of accumul"),
-        ({"batch_ramp": {0: 16}}, "batch_ramp has step 0; steps are at least 1, batch_size is what a run begins with"),
+        ({"batch_ramp": {0: 16}}, "batch_ramp has step 0; steps are at least 1, a run begins with batch_size"),
     ],
 )
 def test_a_ramp_that_cannot_run_is_refused_before_anything_is_written(tmp_path, train, said):

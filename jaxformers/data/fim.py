@@ -69,8 +69,8 @@ def _sentinels(config: FimConfig, tokenizer: Tokenizer) -> tuple[str, ...]:
         if all(tokenizer.token_id(token) is not None for token in names):
             return names
     raise ValueError(
-        f"fim.rate is {config.rate}, but the tokenizer has no fill-in-the-middle tokens of a usual name: set fim.prefix, "
-        f"fim.middle and fim.suffix; its special tokens are: {known}"
+        f"fim.rate is {config.rate}, but the tokenizer has no fill-in-the-middle tokens of a usual name: set "
+        f"fim.prefix, fim.middle and fim.suffix; its special tokens are: {known}"
     )
 
 

@@ -14,7 +14,7 @@ import functools
 import hashlib
 import itertools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal, NamedTuple
@@ -101,7 +101,7 @@ class MixedRows:
         return self._segments[-1].end
 
     def __repr__(self) -> str:
-        return f"MixedRows({', '.join(f'{name}: {rows!r}' for name, rows in zip(self._names, self._sources))})"
+        return f"MixedRows({dict(zip(self._names, self._sources, strict=True))})"
 
     def __getitem__(self, n: int) -> Row:
         """Row n. IndexError where the mixture has none."""

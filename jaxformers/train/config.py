@@ -153,9 +153,7 @@ class TrainConfig(BaseModel):
     def _microbatches(self) -> TrainConfig:
         for step in self.batch_ramp:
             if step < 1:
-                raise ValueError(
-                    f"batch_ramp has step {step}; steps are at least 1, batch_size is what a run begins with"
-                )
+                raise ValueError(f"batch_ramp has step {step}; steps are at least 1, a run begins with batch_size")
         for step, rows in self.batch_sizes.items():
             if rows < 1 or rows % self.accumulation:
                 key = f"batch_ramp.{step}" if step else "batch_size"

@@ -67,7 +67,8 @@ def train(
 ) -> Result:
     """Takes steps until `config.steps`, a stop signal, or the end of the data; saves the last state either way.
 
-    `validation` are batches by the name of their source. `place` puts a host batch on the mesh. On SIGTERM or SIGINT the step in progress is finished and saved.
+    `validation` are batches by the name of their source. `place` puts a host batch on the mesh. On SIGTERM or SIGINT
+    the step in progress is finished and saved.
     CheckpointError if a save fails.
     """
     step = int(state.step)

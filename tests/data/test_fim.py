@@ -1,5 +1,6 @@
 """Fill-in-the-middle, against the arrangement written out token by token."""
 
+import itertools
 from collections import Counter
 from types import SimpleNamespace
 
@@ -116,7 +117,7 @@ def test_rows_of_rearranged_documents_hold_each_document_whole_with_its_targets(
     expected = Counter()
     for document, content_hash in zip(documents, cache.hashes, strict=True):
         told = written_out(document, int(content_hash), f)
-        expected.update(zip(told, told[1:], strict=False))
+        expected.update(itertools.pairwise(told))
     seen = Counter()
     for row in map(rows.__getitem__, range(len(rows))):
         has_target = row["weights"] > 0

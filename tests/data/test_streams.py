@@ -131,9 +131,7 @@ def test_rows_of_a_mixture_that_has_not_changed_yet_go_on_under_changed_weights(
     moved.set_state(iterator.get_state())
     assert moved.get_state()["next_row"] == 20
     too_early = open_corpus(mixture(folder, weights_at_token={19 * 32: {"b": 9.0}}), tokenizer).train
-    with pytest.raises(
-        ValueError, match=r"the checkpoint's position is in other data: .*\(before row 20\) the weights"
-    ):
+    with pytest.raises(ValueError, match=r"checkpoint's position is in other data: .*\(before row 20\) the weights"):
         train_iterator(too_early, batch_size=4).set_state(iterator.get_state())
 
 
@@ -249,7 +247,7 @@ def test_one_tokenizer_is_trained_on_all_sources(folder):
         (
             {},
             {"weights_at_token": {5: {"a": float("inf")}}},
-            "weights_at_token.5.a is inf; a weight is a finite number",
+            "weights_at_token.5.a is inf; a weight is a finite",
         ),
         ({}, {"weights_at_step": {0: {"a": 2}}}, "weights_at_step has 0; marks are at least 1"),
         ({}, {"weights_at_step": {5: {"a": 2}}, "weights_at_token": {5: {"a": 2}}}, "or weights_at_token, not both"),
