@@ -37,7 +37,9 @@ class CachedDocuments:
         self._tokens, self._starts = cache.tokens, cache.starts[chosen]
 
     def read(self, document: np.ndarray, start: np.ndarray, length: np.ndarray) -> np.ndarray:
-        before = np.cumsum(length) - length
-        where = np.repeat(self._starts[document] + start - before, length)
-        where += np.arange(len(where))
-        return self._tokens[where].astype(np.int32)
+        ids = np.empty(int(length.sum()), np.int32)
+        left = 0
+        for first, count in zip((self._starts[document] + start).tolist(), length.tolist(), strict=True):
+            ids[left : left + count] = self._tokens[first : first + count]
+            left += count
+        return ids

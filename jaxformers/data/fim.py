@@ -93,7 +93,9 @@ class FimDocuments:
         low = np.maximum(begin, start[:, None])
         taken = np.maximum(np.minimum(begin + count, (start + length)[:, None]) - low, 0)
         flat = taken.ravel()
-        ids = self._documents.read(np.repeat(document, _RUNS), (first + low - begin).ravel(), flat)
+        some = np.flatnonzero(flat)
+        where = (first + low - begin).ravel()[some]
+        ids = self._documents.read(document[some // _RUNS], where, flat[some])
         column = (np.cumsum(flat) - flat).reshape(taken.shape)
         for run, sentinel in ((1, self._fim.prefix), (3, self._fim.suffix), (5, self._fim.middle)):
             ids[column[taken[:, run] > 0, run]] = sentinel

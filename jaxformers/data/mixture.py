@@ -14,7 +14,7 @@ import functools
 import hashlib
 import itertools
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal, NamedTuple
@@ -22,7 +22,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from jaxformers.data.packing import GOLDEN, hash_of
-from jaxformers.data.rows import PackedRows, Row
+from jaxformers.data.rows import PackedRows, Row, batch_of, only_row
 
 WeightsBy = Literal["tokens", "documents", "rows"]
 WhenExhausted = Literal["repeat", "stop", "drop"]
@@ -105,8 +105,12 @@ class MixedRows:
 
     def __getitem__(self, n: int) -> Row:
         """Row n. IndexError where the mixture has none."""
-        source, row = self._find(n)
-        return self._sources[source].repeated(row)
+        return only_row(self.batch([n]))
+
+    def batch(self, numbers: Sequence[int]) -> Row:
+        """The rows of these numbers as arrays [B, T]. IndexError where the mixture has none."""
+        source, row = np.array([self._find(int(n)) for n in numbers]).T
+        return batch_of(self._sources, source, row)
 
     def place(self, n: int) -> Place:
         """Where row n comes from. IndexError where the mixture has none."""

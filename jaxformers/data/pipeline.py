@@ -128,13 +128,15 @@ def _check_share(batch_size: int, process_index: int, process_count: int) -> Non
 
 
 def _share_of_batch(rows: Rows | JoinedRows, first: int, batch_size: int, share: ProcessShare) -> Row:
-    """This process's rows of the batch that begins at row `first`, stacked; rows past the end are all zeros."""
+    """This process's rows of the batch that begins at row `first`; rows past the end are all zeros."""
     local = batch_size // share.count
     begin = first + share.index * local
-    made = [rows[n] for n in range(begin, min(begin + local, len(rows)))]
-    if len(made) < local:
-        made += [{name: np.zeros_like(values) for name, values in rows[0].items()}] * (local - len(made))
-    return {name: np.stack([row[name] for row in made]) for name in made[0]}
+    there = range(begin, max(min(begin + local, len(rows)), begin))
+    made = rows.batch(there or range(1))
+    if len(there) == local:
+        return made
+    rest = (local - len(there), rows.sequence_length)
+    return Row(**{n: np.concatenate([a[: len(there)], np.zeros(rest, a.dtype)]) for n, a in made.items()})
 
 
 class _ValidationBatches(Sequence[Row]):

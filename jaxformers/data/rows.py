@@ -3,11 +3,10 @@
 Knows no batch and no process; `len` and `[n]` are all that Grain asks of a data source.
 """
 
-import bisect
 import hashlib
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Protocol, TypedDict
 
@@ -49,8 +48,19 @@ class Rows(Protocol):
     def __getitem__(self, n: int) -> Row:
         """Row n. IndexError where there is none."""
 
+    def batch(self, numbers: Sequence[int]) -> Row:
+        """The rows of these numbers, which there are, as arrays [B, T]."""
+
     def fingerprint_before(self, n: int) -> str:
         """Equal exactly where all of the first n rows are equal."""
+
+
+_KINDS = {name: np.float32 if name == "weights" else np.int32 for name in Row.__annotations__}
+
+
+def only_row(batch: Row) -> Row:
+    """The row of a batch [1, T]."""
+    return Row(**{name: values[0] for name, values in batch.items()})
 
 
 class PackedRows:
@@ -82,6 +92,7 @@ class PackedRows:
             seed=config.seed,
             shuffle=config.shuffle,
         )
+        self._columns = np.arange(config.sequence_length, dtype=np.int32)
         self.epochs = epochs
         self.sequence_length = config.sequence_length
 
@@ -134,38 +145,45 @@ class PackedRows:
         """
         if not 0 <= n < len(self):
             raise IndexError(f"row {n} of {len(self)}")
-        return self.repeated(n)
+        return only_row(self.batch([n]))
 
-    def repeated(self, n: int) -> Row:
-        """Row n as if there were no last epoch."""
-        pieces = self._plan.pieces(int(n))
-        length, filled = pieces.length, int(pieces.length.sum())
-        left = np.cumsum(length) - length  # where each piece begins in the row
-        goes_on = pieces.start + length < self._documents.lengths[pieces.document]
+    def batch(self, numbers: Sequence[int]) -> Row:
+        """The rows of these numbers as arrays [B, T], as if there were no last epoch; faster than one by one."""
+        found = [self._plan.pieces(int(n)) for n in numbers]
+        pieces = Pieces(
+            *(np.concatenate([getattr(p, name) for p in found]) for name in ("document", "start", "length"))
+        )
+        stop, ends = pieces.start + pieces.length, self._documents.lengths[pieces.document]
         # One token more of each piece whose document goes on: its last token's target.
-        ids = self._documents.read(pieces.document, pieces.start, length + goes_on)
-        column = np.arange(filled)
-        source = column + np.repeat(np.cumsum(goes_on) - goes_on, length)
-        has_target = self._has_target(pieces, left, goes_on)
-        row = {name: np.zeros(self.sequence_length, np.int32) for name in Row.__annotations__ if name != "weights"}
-        row["weights"] = np.zeros(self.sequence_length, np.float32)
-        row["tokens"][:filled] = ids[source]
-        row["targets"][:filled][has_target] = ids[source[has_target] + 1]
-        row["weights"][:filled] = has_target
-        row["positions"][:filled] = column - np.repeat(left, length) if self._config.reset_positions else column
-        segments = 1 if self._config.attend_across_documents else np.repeat(np.arange(1, len(length) + 1), length)
-        row["segment_ids"][:filled] = segments
-        return Row(**row)
-
-    def _has_target(self, pieces: Pieces, left: np.ndarray, goes_on: np.ndarray) -> np.ndarray:
-        """bool [filled columns of the row]."""
-        has_target = np.ones(int(pieces.length.sum()), bool)
-        has_target[(left + pieces.length - 1)[~goes_on]] = False
+        read = pieces.length + (stop < ends)
+        ids = self._documents.read(pieces.document, pieces.start, read)
+        learned = read - 1
         if not self._config.end_of_text_loss:
-            before_end = self._documents.lengths[pieces.document] - 2 - pieces.start
-            inside = (before_end >= 0) & (before_end < pieces.length)
-            has_target[(left + before_end)[inside]] = False
-        return has_target
+            learned = np.clip(ends - 2 - pieces.start, 0, learned)
+        batch = {name: np.zeros((len(found), self.sequence_length), kind) for name, kind in _KINDS.items()}
+        cuts = iter(zip(pieces.length.tolist(), read.tolist(), learned.tolist(), strict=True))
+        first = 0
+        for r, held in enumerate(found):
+            row = Row(**{name: values[r] for name, values in batch.items()})
+            first = self._fill(row, itertools.islice(cuts, len(held.length)), ids, first)
+        return Row(**batch)
+
+    def _fill(self, row: Row, cuts: Iterable[tuple[int, int, int]], ids: np.ndarray, first: int) -> int:
+        """Writes a row [T] from pieces of (tokens, ids, targets) that lie in `ids` from `first` on, and says where the
+        next row's begin. Copying slices beats computing where each token goes, but for pieces of a few tokens."""
+        left = 0
+        for segment, (length, read, learned) in enumerate(cuts, start=1):
+            end = left + length
+            row["tokens"][left:end] = ids[first : first + length]
+            row["targets"][left : left + learned] = ids[first + 1 : first + 1 + learned]
+            row["weights"][left : left + learned] = 1
+            row["segment_ids"][left:end] = 1 if self._config.attend_across_documents else segment
+            if self._config.reset_positions:
+                row["positions"][left:end] = self._columns[:length]
+            left, first = end, first + read
+        if not self._config.reset_positions:
+            row["positions"][:left] = self._columns[:left]
+        return first
 
 
 class JoinedRows:
@@ -193,5 +211,21 @@ class JoinedRows:
     def __getitem__(self, n: int) -> Row:
         if not 0 <= n < len(self):
             raise IndexError(f"row {n} of {len(self)}")
-        source = bisect.bisect_right(self._ends, n)
-        return self._sources[source][n - (self._ends[source] - len(self._sources[source]))]
+        return only_row(self.batch([n]))
+
+    def batch(self, numbers: Sequence[int]) -> Row:
+        """The rows of these numbers as arrays [B, T]."""
+        numbers = np.asarray(numbers, np.int64)
+        source = np.searchsorted(self._ends, numbers, side="right")
+        begins = np.array([0, *self._ends])
+        return batch_of(self._sources, source, numbers - begins[source])
+
+
+def batch_of(sources: Sequence[PackedRows], source: np.ndarray, row: np.ndarray) -> Row:
+    """Rows of several sources as arrays [B, T]: each from its source, by number (int64 [B] both)."""
+    order = np.argsort(source, kind="stable")
+    drawn = np.unique(source)
+    parts = [sources[k].batch(row[source == k]) for k in drawn]
+    batch = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    place = np.argsort(order)
+    return Row(**{name: values[place] for name, values in batch.items()})

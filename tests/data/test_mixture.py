@@ -27,8 +27,13 @@ class CountedRows:
     def __len__(self) -> int:
         return 2**63 - 1 if self.epochs is None else self.rows_per_epoch * self.epochs
 
-    def repeated(self, n: int) -> tuple[str, int]:
-        return self.name, n
+    def batch(self, numbers) -> dict[str, np.ndarray]:
+        return {"source": np.full(len(numbers), self.name), "row": np.array(numbers)}
+
+
+def told_by(rows: MixedRows, numbers) -> list[tuple[str, int]]:
+    batch = rows.batch(numbers)
+    return list(zip(batch["source"].tolist(), batch["row"].tolist(), strict=True))
 
 
 def mixture(sources, weights, **settings) -> MixedRows:
@@ -90,7 +95,7 @@ def test_rows_are_those_of_a_mixture_made_one_by_one(stages, first, epochs, size
     rows = mixture(sources, weights, when_exhausted=policy, seed=seed)
     truth = one_by_one(sources, weights, policy, first_draw(rows), most=400)
     assert min(len(rows), 400) == len(truth)
-    assert [rows[n] for n in range(len(truth))] == truth
+    assert told_by(rows, range(len(truth))) == truth
     if len(rows) < 400:
         with pytest.raises(IndexError):
             rows[len(rows)]
@@ -102,9 +107,10 @@ def test_a_row_asked_for_alone_is_the_row_that_comes_in_its_turn():
     sources = [CountedRows("a", 7), CountedRows("b", 5000, epochs=1), CountedRows("c", 9)]
     weights = {0: {"a": 1, "b": 5, "c": 0}, 5000: {"a": 1, "b": 5, "c": 3}}
     rows = mixture(sources, weights, when_exhausted="drop")
-    in_turn = [rows[n] for n in range(12_000)]
+    in_turn = told_by(rows, range(12_000))
     for n in np.random.default_rng(0).integers(0, 12_000, 40).tolist():
-        assert mixture(sources, weights, when_exhausted="drop")[n] == in_turn[n]
+        row = mixture(sources, weights, when_exhausted="drop")[n]
+        assert (row["source"], row["row"]) == in_turn[n] == mixture(sources, weights, when_exhausted="drop").place(n)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**63 - 1])
@@ -112,7 +118,7 @@ def test_a_row_asked_for_alone_is_the_row_that_comes_in_its_turn():
 def test_every_prefix_has_its_shares_to_within_a_few_rows(shares, seed):
     sources = [CountedRows(f"s{k}", 10) for k in range(len(shares))]
     rows = mixture(sources, {0: {f"s{k}": share for k, share in enumerate(shares)}}, seed=seed)
-    told = np.array([int(rows[n][0][1:]) for n in range(20_000)])
+    told = np.array([int(name[1:]) for name, _ in told_by(rows, range(20_000))])
     for k, share in enumerate(shares):
         expected = np.arange(1, 20_001) * share / sum(shares)
         assert np.abs(np.cumsum(told == k) - expected).max() < 4
@@ -123,7 +129,7 @@ def test_far_away_rows_still_have_their_shares_and_cost_no_more():
     rows = mixture(sources, {0: {"a": 3, "b": 1}})
     before = rows.rows_before(10**15)
     assert before["a"] == pytest.approx(0.75 * 10**15, abs=20)
-    name, number = rows[10**15]
+    name, number = rows.place(10**15)
     assert number == before[name]
 
 
@@ -156,7 +162,7 @@ def test_a_source_that_joins_later_leaves_the_rows_before_as_they_were():
     a, b, c = (CountedRows(name, 10) for name in "abc")
     alone = mixture([a, b], {0: {"a": 1, "b": 1}})
     joined = mixture([a, c, b], {0: {"a": 1, "b": 1, "c": 0}, 50: {"a": 1, "b": 1, "c": 1}})
-    assert [joined[n] for n in range(50)] == [alone[n] for n in range(50)]
+    assert told_by(joined, range(50)) == told_by(alone, range(50))
     assert joined.fingerprint_before(50) == alone.fingerprint_before(50)
 
 
