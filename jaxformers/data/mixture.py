@@ -109,8 +109,7 @@ class MixedRows:
 
     def batch(self, numbers: Sequence[int]) -> Row:
         """The rows of these numbers as arrays [B, T]. IndexError where the mixture has none."""
-        source, row = np.array([self._find(int(n)) for n in numbers]).T
-        return batch_of(self._sources, source, row)
+        return batch_of(self._sources, [self._find(int(n)) for n in numbers])
 
     def place(self, n: int) -> Place:
         """Where row n comes from. IndexError where the mixture has none."""

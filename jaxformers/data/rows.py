@@ -3,6 +3,7 @@
 Knows no batch and no process; `len` and `[n]` are all that Grain asks of a data source.
 """
 
+import bisect
 import hashlib
 import itertools
 import sys
@@ -16,7 +17,7 @@ from jaxformers.data.cache import TokenCache
 from jaxformers.data.config import DataConfig
 from jaxformers.data.documents import CachedDocuments, Documents
 from jaxformers.data.fim import Fim, FimDocuments
-from jaxformers.data.packing import PackingPlan, Pieces
+from jaxformers.data.packing import PackingPlan
 
 
 class Row(TypedDict):
@@ -55,7 +56,10 @@ class Rows(Protocol):
         """Equal exactly where all of the first n rows are equal."""
 
 
-_KINDS = {name: np.float32 if name == "weights" else np.int32 for name in Row.__annotations__}
+def empty_batch(rows: int, length: int) -> Row:
+    """[B, T] of padding."""
+    kinds = {name: np.float32 if name == "weights" else np.int32 for name in Row.__annotations__}
+    return Row(**{name: np.zeros((rows, length), kind) for name, kind in kinds.items()})
 
 
 def only_row(batch: Row) -> Row:
@@ -149,24 +153,28 @@ class PackedRows:
 
     def batch(self, numbers: Sequence[int]) -> Row:
         """The rows of these numbers as arrays [B, T], as if there were no last epoch; faster than one by one."""
+        batch = empty_batch(len(numbers), self.sequence_length)
+        self.write(batch, range(len(numbers)), numbers)
+        return batch
+
+    def write(self, batch: Row, places: Sequence[int], numbers: Sequence[int]) -> None:
+        """Writes the rows of these numbers into those places of an empty batch [B, T]."""
         found = [self._plan.pieces(int(n)) for n in numbers]
-        pieces = Pieces(
-            *(np.concatenate([getattr(p, name) for p in found]) for name in ("document", "start", "length"))
-        )
-        stop, ends = pieces.start + pieces.length, self._documents.lengths[pieces.document]
+        document = np.concatenate([pieces.document for pieces in found])
+        start = np.concatenate([pieces.start for pieces in found])
+        length = np.concatenate([pieces.length for pieces in found])
+        ends = self._documents.lengths[document]
         # One token more of each piece whose document goes on: its last token's target.
-        read = pieces.length + (stop < ends)
-        ids = self._documents.read(pieces.document, pieces.start, read)
+        read = length + (start + length < ends)
+        ids = self._documents.read(document, start, read)
         learned = read - 1
         if not self._config.end_of_text_loss:
-            learned = np.clip(ends - 2 - pieces.start, 0, learned)
-        batch = {name: np.zeros((len(found), self.sequence_length), kind) for name, kind in _KINDS.items()}
-        cuts = iter(zip(pieces.length.tolist(), read.tolist(), learned.tolist(), strict=True))
+            learned = np.clip(ends - 2 - start, 0, learned)
+        cuts = iter(zip(length.tolist(), read.tolist(), learned.tolist(), strict=True))
         first = 0
-        for r, held in enumerate(found):
-            row = Row(**{name: values[r] for name, values in batch.items()})
-            first = self._fill(row, itertools.islice(cuts, len(held.length)), ids, first)
-        return Row(**batch)
+        for place, pieces in zip(places, found, strict=True):
+            row = Row(**{name: values[place] for name, values in batch.items()})
+            first = self._fill(row, itertools.islice(cuts, len(pieces.length)), ids, first)
 
     def _fill(self, row: Row, cuts: Iterable[tuple[int, int, int]], ids: np.ndarray, first: int) -> int:
         """Writes a row [T] from pieces of (tokens, ids, targets) that lie in `ids` from `first` on, and says where the
@@ -215,17 +223,17 @@ class JoinedRows:
 
     def batch(self, numbers: Sequence[int]) -> Row:
         """The rows of these numbers as arrays [B, T]."""
-        numbers = np.asarray(numbers, np.int64)
-        source = np.searchsorted(self._ends, numbers, side="right")
-        begins = np.array([0, *self._ends])
-        return batch_of(self._sources, source, numbers - begins[source])
+        sources = [bisect.bisect_right(self._ends, n) for n in numbers]
+        begins = [0, *self._ends]
+        return batch_of(self._sources, [(k, int(n) - begins[k]) for k, n in zip(sources, numbers, strict=True)])
 
 
-def batch_of(sources: Sequence[PackedRows], source: np.ndarray, row: np.ndarray) -> Row:
-    """Rows of several sources as arrays [B, T]: each from its source, by number (int64 [B] both)."""
-    order = np.argsort(source, kind="stable")
-    drawn = np.unique(source)
-    parts = [sources[k].batch(row[source == k]) for k in drawn]
-    batch = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    place = np.argsort(order)
-    return Row(**{name: values[place] for name, values in batch.items()})
+def batch_of(sources: Sequence[PackedRows], rows: Sequence[tuple[int, int]]) -> Row:
+    """Rows of several sources as arrays [B, T], each given by its source and its number there."""
+    batch = empty_batch(len(rows), sources[0].sequence_length)
+    by_source: dict[int, list[tuple[int, int]]] = {}
+    for place, (source, row) in enumerate(rows):
+        by_source.setdefault(source, []).append((place, row))
+    for source, drawn in by_source.items():
+        sources[source].write(batch, *zip(*drawn, strict=True))
+    return batch
