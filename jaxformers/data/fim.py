@@ -79,7 +79,8 @@ class FimDocuments:
 
     def __init__(self, documents: Documents, fim: Fim):
         self._documents, self._fim = documents, fim
-        self._chosen = self._draw(documents.hashes, 0, fim.rate) & (documents.lengths >= _LEAST)
+        self._key = hash_of(fim.seed, _STREAM)
+        self._chosen = _happens(self._draws(documents.hashes, 0)[0], fim.rate) & (documents.lengths >= _LEAST)
         self.lengths = documents.lengths + _SENTINELS * self._chosen
         self.hashes = documents.hashes
         self.settings = repr((documents.settings, fim))
@@ -119,20 +120,17 @@ class FimDocuments:
     def _cuts(self, document: np.ndarray, inner: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """int64 [pieces], twice: where the middle begins and ends, each place as likely. SPM is PSM whose middle takes
         the prefix in."""
-        hashes = self._documents.hashes[document]
-        places = [
-            ((_draws(hashes, self._fim.seed, number) >> np.uint64(32)) * (inner + 1).astype(np.uint64)) >> np.uint64(32)
-            for number in (2, 3)
-        ]
-        suffix_first = self._draw(hashes, 1, self._fim.spm_rate)
-        cut, end = np.sort(places, axis=0).astype(np.int64)
-        return np.where(suffix_first, 0, cut), end
+        way, *places = self._draws(self._documents.hashes[document], 1, 2, 3)
+        gaps = (inner + 1).astype(np.uint64)
+        cut, end = np.sort([(place >> np.uint64(32)) * gaps >> np.uint64(32) for place in places], axis=0)
+        cut, end = cut.astype(np.int64), end.astype(np.int64)
+        return np.where(_happens(way, self._fim.spm_rate), 0, cut), end
 
-    def _draw(self, hashes: np.ndarray, number: int, rate: float) -> np.ndarray:
-        """bool [documents], true for a share of `rate` of them."""
-        return (_draws(hashes, self._fim.seed, number) >> np.uint64(11)) < np.uint64(int(rate * 2**53))
+    def _draws(self, hashes: np.ndarray, *numbers: int) -> np.ndarray:
+        """uint64 [numbers, documents]: random bits of each document; other numbers give others."""
+        return splitmix64(splitmix64(hashes ^ self._key) + np.array(numbers, np.uint64)[:, None])
 
 
-def _draws(hashes: np.ndarray, seed: int, number: int) -> np.ndarray:
-    """uint64 [documents]: random bits of each document; other numbers give others."""
-    return splitmix64(splitmix64(hashes ^ hash_of(seed, _STREAM)) + np.uint64(number))
+def _happens(draw: np.ndarray, rate: float) -> np.ndarray:
+    """bool, true for a share of `rate` of random bits."""
+    return (draw >> np.uint64(11)) < np.uint64(int(rate * 2**53))
