@@ -100,6 +100,10 @@ class Tokenizer:
         values = {**self._named_tokens, **variables}
         return render_chat(template, messages, tools=tools, add_generation_prompt=add_generation_prompt, **values)
 
+    def token_id(self, token: str) -> int | None:
+        """The id of a token by its own spelling, None where there is no such token."""
+        return self._text.token_to_id(token)
+
     def _id_of(self, token: str | None) -> int | None:
         return None if token is None else self._text.token_to_id(token)
 

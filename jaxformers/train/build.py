@@ -151,15 +151,19 @@ class Trainer:
     @cached_property
     def _pipeline(self) -> Pipeline | None:
         """How layers are cut into stages. ValueError for a cut that does not fit the model, the mesh or the batch."""
-        return plan_pipeline(
-            self.cfg,
-            self.mesh,
-            rows=self.train.batch_size // self.train.accumulation // batch_shards(self.mesh.shape),
-            schedule=self.runtime.pipeline,
-            microbatches=self.runtime.microbatches,
-            virtual_stages=self.runtime.virtual_stages,
-            stages=self.runtime.stages,
-        )
+        plans = [
+            plan_pipeline(
+                self.cfg,
+                self.mesh,
+                rows=size // self.train.accumulation // batch_shards(self.mesh.shape),
+                schedule=self.runtime.pipeline,
+                microbatches=self.runtime.microbatches,
+                virtual_stages=self.runtime.virtual_stages,
+                stages=self.runtime.stages,
+            )
+            for size in self.train.batch_sizes.values()
+        ]
+        return plans[0]  # rows only decide whether there is one
 
     @cached_property
     def _spec(self) -> Params:
@@ -259,7 +263,7 @@ class Trainer:
     @cached_property
     def program(self) -> Program:
         """The compiled step and evaluation, with what the loop needs to know of their cost."""
-        rows = self.train.batch_size // self.train.accumulation
+        rows = max(self.train.batch_sizes.values()) // self.train.accumulation
         step = make_train_step(
             self._with_settings(lm_loss, rows=rows),
             self.tx,
@@ -277,7 +281,7 @@ class Trainer:
             step=together(jax.jit(step, donate_argnums=0, out_shardings=(self._places, None)), "compile the step"),
             evaluate=together(jax.jit(self._with_settings(eval_sums, rows=rows)), "compile the evaluation"),
             to_plain=self.to_plain,
-            tokens_per_step=self.train.batch_size * self.sequence_length,
+            tokens_after=lambda step: self.train.rows_before(step) * self.sequence_length,
             flops_per_token=flops_per_token(self.cfg, self.sequence_length, mtp=self.runs_mtp),
             peak_flops=None if peak is None else peak * self.mesh.size,
         )

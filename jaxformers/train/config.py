@@ -145,6 +145,7 @@ class TrainConfig(BaseModel):
 
     steps: int = Field(1000, ge=1, description="Updates in the whole run.")
     batch_size: int = Field(8, ge=1, description="Rows in an update, over all devices and microbatches.")
+    batch_ramp: dict[int, int] = Field({}, description="Another batch_size from given steps on.")
     accumulation: int = Field(1, ge=1, description="Microbatches an update is computed in, one after the other.")
     log_every: int = Field(1, ge=1, description="Steps between lines of metrics.jsonl.")
     eval_every: int | None = Field(None, ge=1, description="Steps between evaluations; null = only at the end.")
@@ -156,9 +157,25 @@ class TrainConfig(BaseModel):
 
     @model_validator(mode="after")
     def _microbatches(self) -> TrainConfig:
-        if self.batch_size % self.accumulation:
-            raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulation {self.accumulation}")
+        for step in self.batch_ramp:
+            if step < 1:
+                raise ValueError(f"batch_ramp has step {step}; steps are at least 1, a run begins with batch_size")
+        for step, rows in self.batch_sizes.items():
+            if rows < 1 or rows % self.accumulation:
+                key = f"batch_ramp.{step}" if step else "batch_size"
+                raise ValueError(f"{key} {rows} is not a multiple of accumulation {self.accumulation}")
         return self
+
+    @property
+    def batch_sizes(self) -> dict[int, int]:
+        """Rows of an update from each step on, by step; the first is 0."""
+        return {0: self.batch_size} | dict(sorted(self.batch_ramp.items()))
+
+    def rows_before(self, step: int) -> int:
+        """Rows that the first `step` updates read."""
+        starts = [*self.batch_sizes, step]
+        spans = zip(starts, starts[1:], self.batch_sizes.values(), strict=False)
+        return sum(max(min(end, step) - start, 0) * rows for start, end, rows in spans)
 
 
 class GuardConfig(BaseModel):
