@@ -9,7 +9,7 @@ import re
 from collections import Counter
 
 import pytest
-from test_equal_to_one_device import LENGTH, ROWS, Case, compiled
+from runs import LENGTH, ROWS, Case, compiled
 
 TP2 = {"tp": 2}
 APART = Case("dense", TP2, chunk=8, sequence_parallel=True)

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
-from test_equal_to_one_device import (
+from runs import (
     DENSE,
     MODELS,
+    SINKS,
     WINDOWS,
     Case,
     assert_equal_to_one_device,
@@ -251,7 +252,6 @@ def step_temporaries(trainer: Trainer) -> int:
 
 CP8, CP2_DP2_TP2, CP2_FSDP4 = {"cp": 8}, {"cp": 2, "dp": 2, "tp": 2}, {"cp": 2, "fsdp": 4}
 CP2_TP4, CP4_FSDP2 = {"cp": 2, "tp": 4}, {"cp": 4, "fsdp": 2}
-SINKS = "sinks and windows"
 CASES = [
     Case("dense", CP4_FSDP2, accumulation=4, chunk=8),
     Case("dense", CP8, context="ulysses"),  # more devices than the two kv heads
