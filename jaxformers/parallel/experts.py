@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 from jaxformers.models.config import ModelConfig
 from jaxformers.models.ffn import Mixed, local_experts, run_experts, weigh
 from jaxformers.models.params import Params, moe_spec
-from jaxformers.parallel.mesh import RULES, spec_of
+from jaxformers.parallel.mesh import RULES, nearest, spec_of
 
 Dispatch = Literal["auto", "allgather", "alltoall"]
 # A way to mix: (experts' weights of this device, x [m, D], weights [m, k], experts [m, k], config) -> float32 [m, D]
@@ -67,12 +67,8 @@ def _check_experts(cfg: ModelConfig, ep: int) -> None:
         raise ValueError(f"mesh: ep={ep} needs a model with experts, which {cfg.family} is not; use dp or fsdp")
     count = cfg.moe.num_experts
     if count % ep:
-        legal = [size for size in range(1, count + 1) if count % size == 0]
-        near = [max(size for size in legal if size < ep), *(size for size in legal if size > ep)][:2]
-        raise ValueError(
-            f"mesh: ep={ep} does not divide the model's {count} experts; nearest are "
-            + " and ".join(f"ep={size}" for size in near)
-        )
+        legal = nearest(ep, (size for size in range(1, count + 1) if count % size == 0))
+        raise ValueError(f"mesh: ep={ep} does not divide the model's {count} experts; nearest legal: {legal}")
 
 
 def _island(

@@ -30,6 +30,7 @@ from jaxformers.parallel.mesh import (
     SPLIT_REPLICAS,
     batch_shards,
     gatherer,
+    nearest_multiples,
     param_shardings,
     sharder,
 )
@@ -93,18 +94,28 @@ class Trainer:
 
     def check(self) -> None:
         """ValueError for settings that do not fit each other, before anything is compiled."""
+        self._check_rows()
         _ = self.learning_rate, self._runtime
         self._check_sequence_parallel()
         self._check_one_f_one_b()
         check_expert_bias(self.cfg, rate=self.loss.expert_bias_rate)
 
+    def _check_rows(self) -> None:
+        train, shards = self.train, batch_shards(self.mesh.shape)
+        rows = train.batch_size // train.accumulation
+        if rows % shards:
+            raise ValueError(
+                f"train: a microbatch of {rows} rows (batch_size {train.batch_size} / accumulation "
+                f"{train.accumulation}) cannot be split over {shards} devices; "
+                f"nearest legal batch_size: {nearest_multiples(train.batch_size, of=train.accumulation * shards)}"
+            )
+
     def _check_sequence_parallel(self) -> None:
         shards = self.mesh.shape["tp"] * self.mesh.shape["cp"]
         if self.runtime.sequence_parallel and self.sequence_length % shards:
-            below = self.sequence_length // shards * shards
             raise ValueError(
                 f"runtime: sequence_parallel cannot split rows of {self.sequence_length} tokens over {shards} devices; "
-                f"nearest it can are {' and '.join(str(n) for n in (below, below + shards) if n)}"
+                f"nearest legal: {nearest_multiples(self.sequence_length, of=shards)}"
             )
 
     def _check_one_f_one_b(self) -> None:

@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from jaxformers.parallel.mesh import nearest_multiples
+
 STRICT = ConfigDict(extra="forbid", frozen=True)
 
 
@@ -151,7 +153,11 @@ class TrainConfig(BaseModel):
     @model_validator(mode="after")
     def _microbatches(self) -> TrainConfig:
         if self.batch_size % self.accumulation:
-            raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulation {self.accumulation}")
+            legal = nearest_multiples(self.batch_size, of=self.accumulation)
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of accumulation {self.accumulation}; "
+                f"nearest legal: {legal}"
+            )
         return self
 
 

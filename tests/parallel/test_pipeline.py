@@ -146,40 +146,41 @@ def test_a_state_survives_the_order_that_its_stages_want(runtime):
             "deep",
             PP2,
             {"microbatches": 5},
-            "runtime.microbatches is 5, but has to divide the 32 rows that a device has of a step; nearest are 4 and 8",
+            "runtime.microbatches is 5, but has to divide the 32 rows that a device has of a step; nearest legal: 4 and 8",
         ),
         (
             "deep",
             DP | {"pp": 4},
             {"microbatches": 32},
-            "runtime.microbatches is 32, but has to divide the 16 rows that a device has of a step; nearest are 16",
+            "runtime.microbatches is 32, but has to divide the 16 rows that a device has of a step; nearest legal: 16",
         ),
         (
             "deep",
             PP4,
             INTERLEAVED | {"microbatches": 2},
             "runtime.microbatches is 2, but has to divide the 32 rows that a device has of a step, and to come in "
-            "groups of pp=4 when interleaved; nearest are 4",
+            "groups of pp=4 when interleaved; nearest legal: 4",
         ),
         (
             "deep",
             {"pp": 3},
             {"microbatches": 8},
-            "mesh.pp: 3 stages do not divide the 8 layers that the pipeline cuts; the nearest that they do are 6 or "
-            "9, or set runtime.stages=[3, 3, 2]",
+            "mesh.pp: 3 stages do not divide the 8 layers that the pipeline cuts; nearest legal: 2 "
+            "and 4 stages, or 6 and 9 layers, or set runtime.stages=[3, 3, 2]",
         ),
         (
             "deep, mixed stacks",
             {"pp": 8},
             {},
-            "mesh.pp: 8 stages do not divide the 4 repeats of a pattern of 2 layers that the pipeline cuts; the "
-            "nearest that they do are 8",
+            "mesh.pp: 8 stages do not divide the 4 repeats of a pattern of 2 layers that the pipeline cuts; "
+            "nearest legal: 4 stages, or 8 repeats",
         ),
         (
             "deep",
             PP4,
             INTERLEAVED | {"virtual_stages": 3},
-            "mesh.pp: 12 stages do not divide the 8 layers that the pipeline cuts; the nearest that they do are 12",
+            "mesh.pp: 12 stages do not divide the 8 layers that the pipeline cuts; nearest legal: 8 "
+            "stages, or 12 layers",
         ),
         (
             "deep",

@@ -153,4 +153,6 @@ def test_a_mistake_is_one_line_at_the_end(tmp_path):
     process = command(tmp_path, "launch", "--processes", "2", "--", devices=1)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 2
-    assert errors.splitlines()[-1] == "jaxformers: mesh: dp=2, fsdp=2 needs 4 devices, but there are 2"
+    assert (
+        errors.splitlines()[-1] == "jaxformers: mesh: dp=2, fsdp=2 needs 4 devices, but there are 2; nearest legal: 2"
+    )

@@ -158,6 +158,6 @@ def test_rows_that_tensor_shards_cannot_split_are_refused_with_the_nearest_lengt
             with pytest.raises(ValueError) as caught:
                 trainer.check()
             assert str(caught.value) == (
-                f"runtime: sequence_parallel cannot split rows of {length} tokens over 8 devices; nearest it can are "
+                f"runtime: sequence_parallel cannot split rows of {length} tokens over 8 devices; nearest legal: "
                 + nearest
             )
