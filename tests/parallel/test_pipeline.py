@@ -146,7 +146,8 @@ def test_a_state_survives_the_order_that_its_stages_want(runtime):
             "deep",
             PP2,
             {"microbatches": 5},
-            "runtime.microbatches is 5, but has to divide the 32 rows that a device has of a step; nearest legal: 4 and 8",
+            "runtime.microbatches is 5, but has to divide the 32 rows that a device has of a step; nearest "
+            "legal: 4 and 8",
         ),
         (
             "deep",
