@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from jaxformers.models.config import ModelConfig
 from jaxformers.models.layout import block_spec, stack, unstack
 from jaxformers.models.params import Params, flops_per_token, init_params, model_spec
-from jaxformers.models.runtime import Runtime
+from jaxformers.models.runtime import HOST_MEMORY, Runtime
 from jaxformers.parallel.context import column_order, make_attend
 from jaxformers.parallel.experts import mesh_experts
 from jaxformers.parallel.hardware import peak_flops
@@ -70,6 +70,7 @@ def make_runtime(config: RuntimeConfig, cfg: ModelConfig, mesh: Mesh, *, pipelin
     return Runtime(
         dtype=jnp.dtype(config.dtype),
         remat=config.remat,
+        offload=config.offload in ("residuals", "both"),
         layers=layers,
         shard=sharder(mesh, SEQUENCE_PARALLEL if config.sequence_parallel else RULES),
         gather=gatherer(mesh, leave=("experts",)),
@@ -97,6 +98,7 @@ class Trainer:
         self._check_rows()
         _ = self.learning_rate, self._runtime
         self._check_sequence_parallel()
+        self._check_offload()
         self._check_one_f_one_b()
         check_expert_bias(self.cfg, rate=self.loss.expert_bias_rate)
 
@@ -116,6 +118,20 @@ class Trainer:
             raise ValueError(
                 f"runtime: sequence_parallel cannot split rows of {self.sequence_length} tokens over {shards} devices; "
                 f"nearest legal: {nearest_multiples(self.sequence_length, of=shards)}"
+            )
+
+    def _check_offload(self) -> None:
+        offload, device = self.runtime.offload, self.mesh.local_devices[0]
+        kinds = [memory.kind for memory in device.addressable_memories()]
+        if offload != "none" and HOST_MEMORY not in kinds:
+            raise ValueError(
+                f"runtime: offload={offload} needs memory of the kind {HOST_MEMORY}, which {device.platform} devices "
+                f"do not have (only {', '.join(kinds)}); use offload=none"
+            )
+        if offload in ("residuals", "both") and self.runtime.remat == "none":
+            raise ValueError(
+                f"runtime: offload={offload} moves what remat keeps, but remat is none; use remat=full, dots or "
+                "projections, or offload=" + ("optimizer" if offload == "both" else "none")
             )
 
     def _check_one_f_one_b(self) -> None:
@@ -197,7 +213,22 @@ class Trainer:
         return state_shardings(self._abstract(self._spec, self.tx))
 
     def _abstract(self, spec: Params, tx: optax.GradientTransformation) -> TrainState:
-        return abstract_state(spec, tx, self.mesh, ema=self._ema, split_moments=self.runtime.zero > 0)
+        memory = HOST_MEMORY if self._offloads_moments else None
+        split = self.runtime.zero > 0
+        return abstract_state(spec, tx, self.mesh, ema=self._ema, split_moments=split, moments_memory=memory)
+
+    @property
+    def _offloads_moments(self) -> bool:
+        return self.runtime.offload in ("optimizer", "both")
+
+    def _fetch(self, state: TrainState, places: TrainState) -> TrainState:
+        """A state that lies in these places with all of it in the memory of devices, where it can be computed on."""
+        here = self.mesh.local_devices[0].default_memory().kind
+
+        def fetch(a: jax.Array, place: NamedSharding) -> jax.Array:
+            return jax.device_put(a, place.with_memory_kind(here)) if place.memory_kind == HOST_MEMORY else a
+
+        return jax.tree.map(fetch, state, places) if self._offloads_moments else state
 
     def _place_gradient(self, grads: Params) -> Params:
         """Gradients where the parameters are, or split among replicas."""
@@ -231,13 +262,21 @@ class Trainer:
         """The state to run from, of one in the form that checkpoints hold, which is used up."""
         if self._is_plain:
             return state
-        return jax.jit(partial(map_params, self._inward), out_shardings=self._places)(state)
+        before = state_shardings(self.plain_state)
+
+        def inward(state: TrainState) -> TrainState:
+            return map_params(self._inward, self._fetch(state, before))
+
+        return jax.jit(inward, out_shardings=self._places)(state)
 
     def to_plain(self, state: TrainState) -> TrainState:
         """The form that checkpoints hold, of a state to run from, which stays."""
         if self._is_plain:
             return state
-        outward = partial(map_params, self._outward)
+
+        def outward(state: TrainState) -> TrainState:
+            return map_params(self._outward, self._fetch(state, self._places))
+
         return jax.jit(outward, out_shardings=state_shardings(self.plain_state))(state)
 
     @property
@@ -266,6 +305,7 @@ class Trainer:
             ema_decay=self.train.ema_decay,
             balance=self._balance,
             place_gradient=self._place_gradient,
+            fetch=partial(self._fetch, places=self._places),
         )
         peak = peak_flops(self.mesh.devices.flat[0], self.runtime.dtype)
         return Program(

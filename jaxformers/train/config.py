@@ -23,6 +23,11 @@ class RuntimeConfig(BaseModel):
         "none",
         description="What the backward pass recomputes: nothing, whole layers, all but matmuls, all but projections.",
     )
+    offload: Literal["none", "optimizer", "residuals", "both"] = Field(
+        "none",
+        description="What waits in the host's memory between uses: the optimizer's state (and the average), what remat "
+        "keeps of each layer for the backward pass, or both.",
+    )
     layers: Literal["auto", "scan", "unroll"] = Field(
         "auto",
         description="One compiled body for equal layers, or every layer unrolled; auto unrolls up to 32 layers on CPU.",

@@ -68,18 +68,21 @@ def make_train_step(
     ema_decay: float | None = None,
     balance: Callable[[Params, jax.Array], Params] | None = None,
     place_gradient: Callable[[Params], Params] = lambda grads: grads,
+    fetch: Callable[[TrainState], TrainState] = lambda state: state,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The function (state, batch) -> (state after one update, metrics as float32 scalars).
 
     schedule is the one `tx` follows, to be reported. grad_norm is the global norm before clipping to `clip_norm`.
     balance(parameters, load [sparse layers, E]) moves, after the optimizer, what it does not: experts' biases.
-    place_gradient pins a microbatch's gradient to its place on the mesh.
+    place_gradient pins a microbatch's gradient to its place on the mesh. fetch brings what of a state is elsewhere to
+    the devices, for the update.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         value, sums, grads = value_and_gradient(
             loss, state.params, batch, accumulation=accumulation, place_gradient=place_gradient
         )
+        state = fetch(state)
         norm = optax.tree.norm(grads)
         scale = clip_scale(norm, clip_norm)
         grads = jax.tree.map(lambda g: g * scale, grads)

@@ -178,3 +178,27 @@ def test_replicas_hold_one_copy_of_the_moments_among_them():
 def test_sequence_parallel_saves_memory():
     apart, whole = (compiled(Case("dense", TP4, remat="full", sequence_parallel=on)) for on in (True, False))
     assert apart.memory_analysis().temp_size_in_bytes < whole.memory_analysis().temp_size_in_bytes
+
+
+OFFLOAD_CASES = [
+    Case("dense", DP2_FSDP2, remat="dots", offload="both", accumulation=2),
+    Case("mla", EP2_FSDP2, remat="full", offload="residuals"),
+]
+MORE_OFFLOAD_CASES = [
+    Case("dense", DP8, offload="optimizer", zero=1, layers="unroll"),
+    Case("dense", {"cp": 2, "tp": 2}, remat="projections", offload="both", sequence_parallel=True),
+    Case("deep", {"pp": 2, "fsdp": 2}, remat="full", offload="both"),
+    Case("deep", {"pp": 2, "dp": 2}, remat="dots", offload="both", pipeline="1f1b"),
+    Case("deep moe", {"pp": 2, "ep": 2}, offload="optimizer", stages=(3, 5)),
+]
+
+
+@pytest.mark.parametrize("case", OFFLOAD_CASES, ids=str)
+def test_what_waits_in_the_hosts_memory_comes_back_as_it_went(case):
+    assert_equal_to_one_device(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", MORE_OFFLOAD_CASES, ids=str)
+def test_what_waits_in_the_hosts_memory_comes_back_as_it_went_on_further_meshes(case):
+    assert_equal_to_one_device(case)
