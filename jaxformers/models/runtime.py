@@ -39,7 +39,8 @@ class Runtime:
     offload: what the backward pass finds of a layer waits for it in the host's memory.
     run_stack(stage, layers, x, rows), if given, runs the longest stack; run_loss, that stack and all behind it (see
     `parallel.pipeline`). shard(x, *axes) places an activation; gather(params, spec) brings weights together for use;
-    attend, experts: kernels.
+    keep, if given, is the `jax.checkpoint` policy of scanned layers where remat is none: it gives up such weights, as
+    keeping those of all layers would undo that they are split. attend, experts: kernels.
     """
 
     dtype: Any = jnp.float32
@@ -48,6 +49,7 @@ class Runtime:
     layers: Literal["scan", "unroll"] = "scan"
     shard: Callable[..., jax.Array] = no_shard
     gather: Callable[[Params, Params], Params] = no_gather
+    keep: Callable[..., bool] | None = None
     attend: Callable[..., jax.Array] = dot_product
     experts: Callable[..., jax.Array] = local_experts
     run_stack: Callable[..., Any] | None = None
@@ -56,7 +58,9 @@ class Runtime:
     def rematerialize(self, body: Callable[..., Any]) -> Callable[..., Any]:
         """`body` whose backward pass recomputes what `remat` says."""
         if self.remat == "none":
-            return body
+            if self.keep is None or self.layers == "unroll":
+                return body
+            return jax.checkpoint(body, policy=self.keep, prevent_cse=False)
         names, policies = KEPT[self.remat], jax.checkpoint_policies
         policy = policies.save_only_these_names(*names)
         if self.offload:

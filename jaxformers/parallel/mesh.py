@@ -10,7 +10,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -172,3 +172,22 @@ def gatherer(mesh: Mesh, *, leave: Sequence[str] = ()) -> Callable[[Params, Para
         return shard(w, *(None if axis == "embed" else axis for axis in spec.axes))
 
     return lambda params, specs: jax.tree.map(whole, specs, params)
+
+
+def keep_all_but_gathered(mesh: Mesh) -> Callable[..., bool] | None:
+    """The `keep` of a `Runtime`: all but weights that were brought together over fsdp, which are told by it that they
+    are not split by it, as every activation is; None where nothing is."""
+    if mesh.shape["fsdp"] == 1:
+        return None
+
+    def keep(primitive: Any, *_operands: Any, **params: Any) -> bool:
+        if primitive.name == "sharding_constraint":
+            return "fsdp" in axes_in(params["sharding"].spec)
+        return not (primitive.name == "all_gather" and "fsdp" in params["axis_name"])
+
+    return keep
+
+
+def axes_in(spec: PartitionSpec) -> list[str]:
+    """The mesh axes that a spec names."""
+    return [axis for entry in spec if entry for axis in ((entry,) if isinstance(entry, str) else entry)]
