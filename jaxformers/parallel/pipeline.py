@@ -106,7 +106,7 @@ class Pipeline:
         # that `shard_map` would insert makes XLA:CPU abort in bfloat16.
         xs = jnp.broadcast_to(xs, (self.stages, *xs.shape))
         ys, sums = ring(layers, xs, rows, self.active)
-        return self._join(ys[-1]), self._in_order(sums)
+        return self._join(_of_stage(ys, self.stages - 1)), self._in_order(sums)
 
     def loss(
         self, stage: StageFunction, last: LastFunction, layers: Any, tail: Any, x: jax.Array, rows: Any, rates: Any
@@ -151,7 +151,7 @@ class Pipeline:
         )
         d_layers, d_tail, d_xs, sums, of_last = ring(layers, tail, xs, rows, rates, self.active)
         d_tail, (value, more, further) = jax.tree.map(lambda a: a.sum(axis=0), (d_tail, of_last))
-        return (value, self._in_order(sums), more, further), (d_layers, d_tail, self._join(d_xs[0]))
+        return (value, self._in_order(sums), more, further), (d_layers, d_tail, self._join(_of_stage(d_xs, 0)))
 
     def _split(self, a: jax.Array) -> jax.Array:
         """[B, T, ...] -> [M, b, T, ...], interleaved: every device keeps its rows."""
@@ -235,6 +235,12 @@ def _like(rates: Any, sums: Any) -> Any:
 
 def _take(tree: Any, i: jax.Array) -> Any:
     return jax.tree.map(lambda a: a[i], tree)
+
+
+def _of_stage(a: jax.Array, stage: int) -> jax.Array:
+    """One stage's part of a [n, ...], on every stage: a sum with zeros, as XLA sends all of a slice around before."""
+    mine = jnp.arange(a.shape[0]).reshape(-1, *(1,) * (a.ndim - 1)) == stage
+    return jax.lax.reduce(jnp.where(mine, a, 0), np.zeros((), a.dtype), jax.lax.add, (0,))
 
 
 def _shift(x: jax.Array, n: int, *, by: int) -> jax.Array:

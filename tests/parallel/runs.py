@@ -88,13 +88,14 @@ MODELS = {
     | {
         "model_type": "deepseek_v3",
         "num_hidden_layers": 5,
+        "hidden_size": 32,  # narrower, one bit of a weight already moves the gradient norm by 2e-5
         "head_dim": 4,
         "num_key_value_heads": 4,
-        "q_lora_rank": 12,
-        "kv_lora_rank": 8,
-        "qk_nope_head_dim": 4,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
         "qk_rope_head_dim": 4,
-        "v_head_dim": 4,
+        "v_head_dim": 8,
         "first_k_dense_replace": 1,
         "moe_intermediate_size": 8,
         "n_routed_experts": 4,
