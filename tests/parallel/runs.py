@@ -70,6 +70,8 @@ MODELS = {
         "num_key_value_heads": 3,
         "tie_word_embeddings": True,
     },
+    "degenerate": DENSE
+    | {"model_type": "mixtral", "num_local_experts": 1, "num_experts_per_tok": 1, "sliding_window": 1},
     # Eight layers or more, for stages.
     "deep": DEEP,
     "deep moe": DEEP | {"model_type": "mixtral"} | EXPERTS,

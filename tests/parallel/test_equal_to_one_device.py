@@ -44,6 +44,8 @@ MORE_CASES = [
     Case("dense", TP8, accumulation=4, remat="full"),
     Case("dense", FSDP4_TP2, accumulation=4, layers="unroll"),
     Case("dense", ALL_THREE, accumulation=4),
+    Case("degenerate", TP4_DP2, accumulation=4),
+    Case("degenerate", FSDP8, remat="dots"),
     Case("moe", ONE, accumulation=4, remat="full"),
     Case("moe", FSDP8, accumulation=4),
     Case("moe", TP4_DP2, layers="unroll"),
@@ -202,3 +204,14 @@ def test_what_waits_in_the_hosts_memory_comes_back_as_it_went(case):
 @pytest.mark.parametrize("case", MORE_OFFLOAD_CASES, ids=str)
 def test_what_waits_in_the_hosts_memory_comes_back_as_it_went_on_further_meshes(case):
     assert_equal_to_one_device(case)
+
+
+def test_moments_wait_in_the_hosts_memory():
+    trainer = trainer_of(Case("dense", DP2_FSDP2, offload="optimizer"))
+    with jax.set_mesh(trainer.mesh):
+        state = placed_state(trainer)
+        batch = place(batches()[0], trainer)
+        after, _ = compiled_step(trainer, state, batch)(state, batch)
+    for tree in (after.opt_state[0].mu, after.opt_state[0].nu):
+        assert {a.sharding.memory_kind for a in jax.tree.leaves(tree)} == {"pinned_host"}
+    assert {a.sharding.memory_kind for a in jax.tree.leaves(after.params)} == {"device"}

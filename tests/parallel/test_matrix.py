@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from runs import LENGTH, MODELS, ROWS, SINKS, WINDOWS, Case, assert_equal_to_one_device, trainer_of
 
 AXES = ("pp", "cp", "ep", "tp", "fsdp", "dp")
-SPARSE = ("moe", "mla", SINKS, "deep moe", "deep mla, dense first")
+SPARSE = ("moe", "degenerate", "mla", SINKS, "deep moe", "deep mla, dense first")
 SELECTION_BIAS = ("mla", "deep mla, dense first")
 # Repeats of the longest stack's pattern of layers, which a pipeline shares among its stages.
 REPEATS = {"deep": 8, "deep moe": 8, "deep, tied": 8, "deep, mixed stacks": 4, "deep mla, dense first": 4}
