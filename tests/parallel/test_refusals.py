@@ -1,4 +1,4 @@
-"""What no mesh can run is refused by `jaxformers train --dry-run` in one line, with the value and the nearest legal ones."""
+"""What no mesh can run is refused by `jaxformers train --dry-run` in one line that names the nearest legal values."""
 
 import sys
 
