@@ -29,7 +29,7 @@ from jaxformers.generation import generate
 from jaxformers.models.config import ModelConfig
 from jaxformers.models.params import count_params, flops_per_token
 from jaxformers.parallel.distributed import differing, is_first, wait_for_all
-from jaxformers.parallel.mesh import batch_sharding, batch_shards, make_mesh
+from jaxformers.parallel.mesh import batch_sharding, make_mesh
 from jaxformers.train.build import Trainer
 from jaxformers.train.checkpoint import Checkpointer
 from jaxformers.train.guard import after_rollback
@@ -79,7 +79,7 @@ def prepare_run(config: RunConfig) -> Setup:
         cfg = pretrained.config if pretrained.config.mtp_modules else without_mtp(pretrained.config)
     else:
         cfg = read_config(config.model)
-    _check_shapes(config, cfg, mesh)
+    _check_config(config, cfg)
     trainer = Trainer(
         cfg,
         mesh,
@@ -95,15 +95,7 @@ def prepare_run(config: RunConfig) -> Setup:
     return Setup(config, trainer, pretrained)
 
 
-def _check_shapes(config: RunConfig, cfg: ModelConfig, mesh: Mesh) -> None:
-    shards = batch_shards(mesh.shape)
-    for size in config.train.batch_sizes.values():
-        rows = size // config.train.accumulation
-        if rows % shards:
-            raise ValueError(
-                f"train: a microbatch of {rows} rows (batch_size {size} / accumulation "
-                f"{config.train.accumulation}) cannot be split over {shards} devices; make it a multiple of {shards}"
-            )
+def _check_config(config: RunConfig, cfg: ModelConfig) -> None:
     if config.sample.prompts and jax.process_count() > 1:
         raise ValueError("sample.prompts are continued by a single process; set sample.prompts=[]")
     if config.data.sequence_length > cfg.context_length:

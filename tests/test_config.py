@@ -131,7 +131,7 @@ def test_a_value_that_does_not_fit_is_refused_with_its_key(key, value, message):
 
 def test_a_batch_that_accumulation_does_not_divide_is_refused():
     values = MINIMAL | {"train": {"batch_size": 6, "accumulation": 4}}
-    assert refusal(values) == "config: train: batch_size 6 is not a multiple of accumulation 4"
+    assert refusal(values) == "config: train: batch_size 6 is not a multiple of accumulation 4; nearest legal: 4 and 8"
 
 
 # -- YAML

@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from jaxformers.parallel.mesh import nearest_multiples
+
 STRICT = ConfigDict(extra="forbid", frozen=True)
 
 
@@ -20,6 +22,11 @@ class RuntimeConfig(BaseModel):
     remat: Literal["none", "full", "dots", "projections"] = Field(
         "none",
         description="What the backward pass recomputes: nothing, whole layers, all but matmuls, all but projections.",
+    )
+    offload: Literal["none", "optimizer", "residuals", "both"] = Field(
+        "none",
+        description="What waits in the host's memory between uses: the optimizer's state (and the average), what remat "
+        "keeps of each layer for the backward pass, or both.",
     )
     layers: Literal["auto", "scan", "unroll"] = Field(
         "auto",
@@ -163,7 +170,10 @@ class TrainConfig(BaseModel):
         for step, rows in self.batch_sizes.items():
             if rows < 1 or rows % self.accumulation:
                 key = f"batch_ramp.{step}" if step else "batch_size"
-                raise ValueError(f"{key} {rows} is not a multiple of accumulation {self.accumulation}")
+                legal = nearest_multiples(rows, of=self.accumulation)
+                raise ValueError(
+                    f"{key} {rows} is not a multiple of accumulation {self.accumulation}; nearest legal: {legal}"
+                )
         return self
 
     @property
