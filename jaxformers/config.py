@@ -22,6 +22,7 @@ from jaxformers.train.config import (
     RuntimeConfig,
     ScheduleConfig,
     TrainConfig,
+    WatchdogConfig,
 )
 
 
@@ -58,6 +59,7 @@ class RunConfig(BaseModel):
     schedule: ScheduleConfig = ScheduleConfig()
     loss: LossConfig = LossConfig()
     guard: GuardConfig = GuardConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     sample: SampleConfig = SampleConfig()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
@@ -32,10 +33,13 @@ from jaxformers.parallel.distributed import differing, is_first, wait_for_all
 from jaxformers.parallel.mesh import batch_sharding, make_mesh
 from jaxformers.train.build import Trainer
 from jaxformers.train.checkpoint import Checkpointer
+from jaxformers.train.goodput import Goodput
 from jaxformers.train.guard import after_rollback
-from jaxformers.train.loop import Result, train
+from jaxformers.train.loop import Result, Supervision, train
 from jaxformers.train.monitor import Display, MetricsFile, TensorBoard, Tracker, Trackers
+from jaxformers.train.requests import Requests
 from jaxformers.train.state import TrainState
+from jaxformers.train.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -144,6 +148,7 @@ def fit(
         config = load_config(config, overrides)
     elif overrides:
         config = load_config(config.model_dump(mode="json"), overrides)
+    started = time.perf_counter()
     console = console or Console(stderr=True, quiet=not is_first())
     setup = prepare_run(config)
     _check_same_everywhere(config.model_dump_json(), "config", done="read its config")
@@ -168,7 +173,7 @@ def fit(
         if is_first():
             tokenizer.save(run_dir / TOKENIZER_FOLDER)
             (run_dir / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
-        result = _run(setup, state, feed, checkpoints, meta, run_dir, console)
+        result = _run(setup, state, feed, checkpoints, meta, run_dir, started, console)
     model = Model(setup.cfg, result.state.params, tokenizer, setup.mesh, config.runtime.dtype, meta["generation"])
     samples = tuple(_samples(model, config)) if result.stopped is None else ()
     return FitResult(run_dir, model, result.step, result.metrics, result.validation, samples, result.stopped)
@@ -330,13 +335,18 @@ def _run(
     checkpoints: Checkpointer,
     meta: dict[str, Any],
     run_dir: Path,
+    started: float,
     console: Console,
 ) -> Result:
-    """The loop, with all that watches it."""
+    """The loop, with all that watches it. started: when the run began, on the clock of `time.perf_counter`."""
     config, first_step = setup.config, int(state.step)
+    goodput, limit = Goodput(started=started), config.train.time_limit_minutes
+    deadline = None if limit is None else started + 60 * limit
     writers: list[Tracker] = []
     if is_first():
-        writers.append(MetricsFile(run_dir, resume_step=first_step))
+        file = MetricsFile(run_dir, resume_step=first_step)
+        goodput.repeat(file.lost_seconds)
+        writers.append(file)
         writers += [TensorBoard(run_dir)] if config.train.tensorboard else []
     trackers = Trackers(writers)
     display = Display(first_step=first_step, steps=config.train.steps, console=console)
@@ -350,14 +360,31 @@ def _run(
             place=lambda batch: to_global(batch, setup.mesh, feed.spec, columns=setup.trainer.column_order),
             checkpointer=checkpoints,
             meta=meta,
-            guard=config.guard,
-            go_back=lambda now: _go_back(setup, checkpoints, now, display.say),
+            supervision=Supervision(
+                guard=config.guard,
+                watchdog=Watchdog(config.watchdog, run_dir),
+                goodput=goodput,
+                requests=Requests(deadline),
+                go_back=lambda now: _go_back(setup, checkpoints, now, display.say),
+                replay=lambda: _replay(setup, checkpoints, feed.batches, display.say),
+            ),
             trackers=trackers,
             display=display,
         )
     finally:
         trackers.close()
         display.close()
+
+
+def _replay(
+    setup: Setup, checkpoints: Checkpointer, batches: grain.DatasetIterator[Row], say: Callable[[str], None]
+) -> TrainState | None:
+    """The newest checkpoint's state, `batches` moved to where they were then."""
+    checkpoints.wait()
+    step = checkpoints.newest_good(say)
+    if step is None:
+        return None
+    return setup.trainer.from_plain(checkpoints.restore(step, setup.trainer.plain_state, batches))
 
 
 def _go_back(setup: Setup, checkpoints: Checkpointer, now: TrainState, say: Callable[[str], None]) -> TrainState | None:

@@ -66,6 +66,13 @@ def agree(flag: bool) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
 
 
+def highest(value: int) -> int:
+    """The largest of all processes' values. All must ask at the same point of the program."""
+    if jax.process_count() == 1:
+        return value
+    return int(np.max(multihost_utils.process_allgather(np.asarray(value))))
+
+
 def wait_for_all(what: str, *, seconds: float = WAIT_SECONDS) -> None:
     """Returns once all processes have come to this point of the program. ValueError that names who has not.
 

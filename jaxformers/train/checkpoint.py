@@ -57,6 +57,7 @@ class Checkpointer:
         logging.getLogger("absl").setLevel(logging.CRITICAL + 1)
         self.folder = Path(run_dir).absolute() / FOLDER
         self._config = config or CheckpointConfig(every_steps=None)
+        self.longest_save_seconds = 0.0
         self._saved_at = time.monotonic()
         self._sealing: threading.Thread | None = None
         self._writing: int | None = None
@@ -139,6 +140,7 @@ class Checkpointer:
                 write_checksums(unfinished)
                 os.replace(unfinished, self.folder / str(step))
                 _sync(self.folder)
+                self.longest_save_seconds = max(self.longest_save_seconds, time.monotonic() - self._saved_at)
                 for old in to_remove(self.steps, keep_last=self._config.keep_last, keep_every=self._config.keep_every):
                     self._remove(old)
         except Exception as error:

@@ -160,6 +160,9 @@ class TrainConfig(BaseModel):
     ema_decay: float | None = Field(
         None, gt=0, lt=1, description="Decay of an exponential moving average of the parameters."
     )
+    time_limit_minutes: float | None = Field(
+        None, gt=0, description="When the run must be over: it saves and stops in time; null = no limit."
+    )
     tensorboard: bool = Field(False, description="Also write TensorBoard events (extra `monitor`).")
 
     @model_validator(mode="after")
@@ -207,6 +210,12 @@ class GuardConfig(BaseModel):
     spike_window: int = Field(64, ge=8, le=4096, description="How many losses are the last ones.")
     max_skipped: int = Field(
         10, ge=1, description="Updates left out in a row before the run stops, its newest checkpoint untouched."
+    )
+    recheck_every: int | None = Field(
+        None,
+        ge=1,
+        description="Steps between one that is computed twice and compared bit for bit; where two results differ, the "
+        "device is named and the run goes back to its newest checkpoint. null = never. It holds a second state.",
     )
 
 

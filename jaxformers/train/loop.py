@@ -6,7 +6,6 @@ and stops cleanly when asked to.
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,14 +14,15 @@ from typing import Any
 
 import jax
 
-from jaxformers.parallel.distributed import agree
 from jaxformers.train.checkpoint import Checkpointer
 from jaxformers.train.config import GuardConfig, TrainConfig
+from jaxformers.train.goodput import Goodput, Purpose
 from jaxformers.train.monitor import Display, Trackers
+from jaxformers.train.recheck import any_process_disagrees, step_twice
+from jaxformers.train.requests import Requests, catch_signals
 from jaxformers.train.state import TrainState
-from jaxformers.train.watch import Watch
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+from jaxformers.train.watch import Diverged, Watch
+from jaxformers.train.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,31 @@ class Program:
 
 @dataclass
 class Result:
-    """How a run ended. `state` is in the form that checkpoints hold; `stopped` names the signal that ended it early."""
+    """How a run ended. `state` is in the form that checkpoints hold; `stopped` names what ended it early: a signal, or
+    the time limit."""
 
     state: TrainState
     step: int
     metrics: dict[str, Any] = field(default_factory=dict)
     validation: dict[str, float] = field(default_factory=dict)
     stopped: str | None = None
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """What looks after a run.
+
+    `go_back(state)` gives the newest checkpoint's state at the step of the given one, whose data are left out;
+    `replay()` the newest checkpoint's state with the data moved to where they were then; both None where there is no
+    checkpoint.
+    """
+
+    guard: GuardConfig
+    watchdog: Watchdog
+    goodput: Goodput
+    requests: Requests
+    go_back: Callable[[TrainState], TrainState | None]
+    replay: Callable[[], TrainState | None]
 
 
 def train(
@@ -63,61 +81,91 @@ def train(
     place: Callable[[Any], Any],
     checkpointer: Checkpointer,
     meta: dict[str, Any],
-    guard: GuardConfig,
-    go_back: Callable[[TrainState], TrainState | None],
+    supervision: Supervision,
     trackers: Trackers,
     display: Display,
 ) -> Result:
-    """Takes steps until `config.steps`, a stop signal, or the end of the data; saves the last state either way.
+    """Takes steps until `config.steps`, a request to stop, or the end of the data; saves the last state either way.
 
-    `validation` are batches by the name of their source. `place` puts a host batch on the mesh. `go_back(state)` gives
-    the newest checkpoint's state at the step of the given one; None where there is no checkpoint. On SIGTERM or SIGINT
-    the step in progress is finished and saved.
+    `validation` are batches by the name of their source. `place` puts a host batch on the mesh. On SIGTERM or SIGINT,
+    and before a time limit, the step in progress is finished and saved; on SIGUSR1 the run saves and goes on.
     CheckpointError if a save fails; Diverged where guards end the run.
     """
-    step = int(state.step)
+    step, first_step = int(state.step), int(state.step)
     validation_metrics: dict[str, float] = {}
-    reporter = Reporter(program, config.steps, place, trackers, display)
-    watch = Watch(guard, state.guard, display.say)
+    goodput, requests = supervision.goodput, supervision.requests
+    reporter = Reporter(program, config.steps, place, trackers, display, goodput)
+    watch = Watch(supervision.guard, state.guard, display.say)
+
+    @contextmanager
+    def pause(purpose: Purpose) -> Iterator[None]:
+        with reporter.paused(), supervision.watchdog.at_ease(), goodput.on(purpose):
+            yield
 
     def follow(state: TrainState) -> TrainState:
         """Hands on the metrics that are pending, and does what guards ask for."""
         reported = reporter.report()
         if reported is None or not watch.look(reported, reporter.metrics):
             return state
-        with reporter.paused():
-            return _gone_back(state, go_back, watch, display)
+        with pause("restart"):
+            return _gone_back(state, supervision.go_back, watch, display)
 
-    with catch_stop_signals() as stop:
-        while step < config.steps and not _stops(stop, asks=step % config.log_every == 0):
+    def asked() -> Requests:
+        asks = jax.process_count() == 1 or step % config.log_every == 0
+        requests.settle(asks=asks, reserve=2 * checkpointer.longest_save_seconds)
+        return requests
+
+    goodput.turn_to("compile")
+    with catch_signals(requests), supervision.watchdog:
+        while step < config.steps and asked().stop is None:
             try:
-                batch = place(next(batches))
+                with goodput.on("data"):
+                    batch = place(next(batches))
             except StopIteration:
                 display.say(f"the data ends at step {step}")
                 break
-            state, metrics = program.step(state, batch)
+            every = supervision.guard.recheck_every
+            if every is not None and (step + 1) % every == 0:
+                state, metrics, found = step_twice(program.step, state, batch)
+                if any_process_disagrees(found):
+                    with pause("restart"):
+                        reporter.pending = None
+                        state = _replayed(step + 1, found, supervision.replay, watch, display)
+                    step = int(state.step)
+                    continue
+            else:
+                state, metrics = program.step(state, batch)
             step += 1
+            if step == first_step + 1:
+                jax.block_until_ready(metrics)
+                goodput.turn_to("productive")
+            supervision.watchdog.beat()
             # The metrics of the step before have arrived by now, while this step is computed.
             state = follow(state)
             if step % config.log_every == 0 or step == config.steps:
                 reporter.pending = (step, metrics)
             evaluates = config.eval_every is not None and step % config.eval_every == 0 and step < config.steps
-            saves = checkpointer.is_due(step) and step < config.steps
+            saves = (requests.save or checkpointer.is_due(step)) and step < config.steps
             if evaluates or saves:
                 state = follow(state)
-                with reporter.paused():
-                    if evaluates:
-                        reporter.validate(step, state.params, validation)
-                    if saves:
-                        checkpointer.save(program.to_plain(state), batches, meta)
+            if evaluates:
+                with pause("evaluate"):
+                    reporter.validate(step, state.params, validation)
+            if saves:
+                with pause("checkpoint"):
+                    checkpointer.save(program.to_plain(state), batches, meta)
         state = follow(state)
-        stopped = _stops(stop, asks=True)
-        if not stopped:
-            validation_metrics = reporter.validate(step, state.params, validation)
-        state = program.to_plain(state)
-        checkpointer.save(state, batches, meta)
-        checkpointer.wait()
-    return Result(state, step, reporter.metrics, validation_metrics, stop.name if stopped else None)
+        with pause("evaluate"):
+            requests.settle(asks=True, reserve=0.0)
+            if requests.stop is None:
+                validation_metrics = reporter.validate(step, state.params, validation)
+        with pause("checkpoint"):
+            state = program.to_plain(state)
+            checkpointer.save(state, batches, meta)
+            checkpointer.wait()
+    trackers.log(step, goodput.measured())
+    display.say(f"time: {goodput}")
+    return Result(state, step, reporter.metrics, validation_metrics, requests.stop)
 
 
 def _gone_back(
@@ -129,6 +177,20 @@ def _gone_back(
         return state
     lost = int(before.guard.skipped) - int(state.guard.skipped)
     display.say(f"went back to the newest checkpoint; {lost} more updates are left out")
+    watch.went_back(before.guard)
+    return before
+
+
+def _replayed(
+    step: int, found: Sequence[str], replay: Callable[[], TrainState | None], watch: Watch, display: Display
+) -> TrainState:
+    where = "; ".join(found) or "on other processes"
+    before = replay()
+    if before is None:
+        raise Diverged(
+            f"step {step}: computed twice with two results ({where}), and there is no checkpoint to go back to"
+        )
+    display.say(f"step {step}: computed twice with two results ({where}); going back to step {int(before.step)}")
     watch.went_back(before.guard)
     return before
 
@@ -160,11 +222,19 @@ class Reporter:
     """Turns what steps return into lines of metrics. A step's time spans from the line before, with pauses (evaluation,
     saving) left out; the first one includes compilation."""
 
-    def __init__(self, program: Program, steps: int, place: Callable[[Any], Any], trackers: Trackers, display: Display):
+    def __init__(
+        self,
+        program: Program,
+        steps: int,
+        place: Callable[[Any], Any],
+        trackers: Trackers,
+        display: Display,
+        goodput: Goodput,
+    ):
         self.pending: tuple[int, dict[str, jax.Array]] | None = None
         self.metrics: dict[str, Any] = {}
         self._program, self._steps, self._place = program, steps, place
-        self._trackers, self._display = trackers, display
+        self._trackers, self._display, self._goodput = trackers, display, goodput
         self._last, self._last_step = time.perf_counter(), None
 
     def report(self) -> int | None:
@@ -191,6 +261,7 @@ class Reporter:
             "tokens_per_second": rate,
             "step_seconds": seconds,
             "mfu": None if peak is None else rate * self._program.flops_per_token / peak,
+            "goodput": self._goodput.measured()["goodput"],
         }
 
     def validate(self, step: int, params: Any, sources: Mapping[str, Sequence[Any]]) -> dict[str, float]:
@@ -209,47 +280,3 @@ class Reporter:
         start = time.perf_counter()
         yield
         self._last += time.perf_counter() - start
-
-
-def _stops(stop: Stop, *, asks: bool) -> bool:
-    """Whether to take no further step. A signal may reach one process and not another, or later: several processes
-    stop where they `ask` each other, which is where all wait for metrics anyway."""
-    if jax.process_count() == 1:
-        return stop.name is not None
-    if not asks or not agree(stop.name is not None):
-        return False
-    stop.name = stop.name or "a signal to another process"
-    return True
-
-
-@dataclass
-class Stop:
-    """The name of the stop signal that arrived, None while none has."""
-
-    name: str | None = None
-
-
-@contextmanager
-def catch_stop_signals() -> Iterator[Stop]:
-    """Remembers the first stop signal instead of dying of it. The second one acts as it did before.
-
-    Off the main thread, where Python allows no handlers, signals keep their effect.
-    """
-    stop = Stop()
-    try:
-        before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-
-        def remember(number: int, _frame: object) -> None:
-            stop.name = signal.Signals(number).name
-            signal.signal(number, before[number])
-
-        for number in STOP_SIGNALS:
-            signal.signal(number, remember)
-    except ValueError:
-        yield stop
-        return
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -26,18 +26,28 @@ class Tracker(Protocol):
 
 
 class MetricsFile:
-    """RUN/metrics.jsonl: one JSON object a step. On a resume from step k, lines after k are dropped, as those steps are
-    made again."""
+    """RUN/metrics.jsonl: one JSON object a step. On a resume from step k, and where a run goes back to it, lines after
+    k are dropped, as those steps are made again; `lost_seconds` is what a resume's took."""
 
     def __init__(self, run_dir: Path, *, resume_step: int):
-        path = run_dir / METRICS_FILE
-        kept = [line for line in _lines(path) if _step(line) <= resume_step] if resume_step else []
-        temporary = path.with_suffix(".writing")
+        self._path, self._last = run_dir / METRICS_FILE, resume_step
+        lost = [line for line in _lines(self._path) if _step(line) > resume_step] if resume_step else []
+        self.lost_seconds = sum(map(_step_seconds, lost))
+        self._keep(resume_step)
+
+    def _keep(self, last: int) -> None:
+        """Drops what is behind a step."""
+        kept = [line for line in _lines(self._path) if _step(line) <= last] if last else []
+        temporary = self._path.with_suffix(".writing")
         temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        temporary.replace(path)
-        self._file = path.open("a", encoding="utf-8")
+        temporary.replace(self._path)
+        self._file = self._path.open("a", encoding="utf-8")
 
     def log(self, step: int, metrics: Metrics) -> None:
+        if step < self._last:
+            self._file.close()
+            self._keep(step - 1)
+        self._last = step
         values = {name: _plain(value) for name, value in metrics.items()}
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
@@ -57,6 +67,14 @@ def _step(line: str) -> float:
     except (ValueError, KeyError, TypeError):
         return math.inf
     return step if isinstance(step, int) else math.inf
+
+
+def _step_seconds(line: str) -> float:
+    try:
+        seconds = json.loads(line)["step_seconds"]
+    except (ValueError, KeyError, TypeError):
+        return 0.0
+    return seconds if isinstance(seconds, float) else 0.0
 
 
 def _plain(value: Any) -> Any:

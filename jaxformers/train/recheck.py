@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxformers.parallel.distributed import agree
 from jaxformers.train.state import TrainState
@@ -29,6 +30,11 @@ def _differs(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.any(a != b)
 
 
+def _differs_on(device: jax.Device, a: jax.Array, b: jax.Array) -> jax.Array:
+    with jax.set_mesh(Mesh(np.array([device]), ("one",))):  # the run's own mesh has more devices
+        return _differs(a, b)
+
+
 def step_twice(step: Step, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array], list[str]]:
     """The step's result, and what two runs of it disagree about on this process's devices: "device: leaf, leaf, ...".
 
@@ -45,12 +51,12 @@ def disagreements(a: TrainState, b: TrainState) -> list[str]:
     flat, _ = jax.tree_util.tree_flatten_with_path(a)
     names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in flat]
     found: dict[jax.Device, list[str]] = {}
-    pairs = [
-        (name, mine.device, _differs(mine.data, other.data))
+    compared = [
+        (name, mine.device, _differs_on(mine.device, mine.data, other.data))
         for name, (_, leaf), twin in zip(names, flat, jax.tree.leaves(b), strict=True)
         for mine, other in zip(leaf.addressable_shards, twin.addressable_shards, strict=True)
     ]
-    for name, device, differs in pairs:
+    for name, device, differs in compared:
         if np.asarray(differs):
             found.setdefault(device, []).append(name)
     return [f"process {d.process_index}, {d}: {', '.join(found[d][:3])}" for d in sorted(found, key=lambda d: d.id)]

@@ -1,0 +1,123 @@
+"""Runs that are watched: hardware that errs, a clock that runs out, a signal to save, time accounted for."""
+
+import json
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from tiny import assert_bit_equal, run_config
+
+import jaxformers as jf
+from jaxformers.train import recheck
+from jaxformers.train.monitor import MetricsFile
+from jaxformers.train.watch import Diverged
+
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory):
+    config = run_config(tmp_path_factory.mktemp("clean")) | {"checkpoint": {"every_steps": 3}}
+    return config, jf.fit(config)
+
+
+@pytest.fixture
+def config(clean, tmp_path):
+    return clean[0] | {"run_dir": str(tmp_path / "run")}
+
+
+def metrics_of(config):
+    return [json.loads(line) for line in Path(config["run_dir"], "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def flip_once(monkeypatch):
+    """One bit of one weight flips on one device, in the copy that a step is computed twice from."""
+    copy, done = recheck._copy, []
+
+    def flipped(state):
+        state = copy(state)
+        if done:
+            return state
+        done.append(True)
+        embed = state.params["embed"]
+        parts = [np.array(shard.data) for shard in embed.addressable_shards]
+        parts[3].view(np.uint32)[5, 7] ^= 1 << 22
+        devices = [shard.device for shard in embed.addressable_shards]
+        arrays = [jax.device_put(part, device) for part, device in zip(parts, devices, strict=True)]
+        embed = jax.make_array_from_single_device_arrays(embed.shape, embed.sharding, arrays)
+        return state.replace(params=state.params | {"embed": embed})
+
+    monkeypatch.setattr(recheck, "_copy", flipped)
+
+
+def test_a_step_computed_twice_alike_changes_nothing(clean, config, capsys):
+    result = jf.fit(config, ["guard.recheck_every=2"])
+    assert "twice" not in capsys.readouterr().err
+    assert_bit_equal(jax.device_get(result.model.params), jax.device_get(clean[1].model.params))
+
+
+def test_a_flipped_bit_is_caught_named_and_undone(clean, config, capsys, flip_once):
+    result = jf.fit(config, ["guard.recheck_every=5"])
+    said = capsys.readouterr().err
+    named = re.search(r"step 5: computed twice with two results \((.*)\); going back to step 3\n", said)
+    assert named
+    assert re.search(r"process 0, cpu:3: params\.embed", named[1])
+    assert_bit_equal(jax.device_get(result.model.params), jax.device_get(clean[1].model.params))
+    lines = [(line["step"], line["loss"]) for line in metrics_of(config) if "loss" in line]
+    assert lines == [(line["step"], line["loss"]) for line in metrics_of(clean[0]) if "loss" in line]
+
+
+def test_a_flipped_bit_before_the_first_checkpoint_ends_the_run(config, flip_once):
+    with pytest.raises(Diverged, match=r"^step 2: computed twice .*and there is no checkpoint to go back to$"):
+        jf.fit(config, ["guard.recheck_every=2"])
+
+
+def at_line(monkeypatch, step, action):
+    log = MetricsFile.log
+
+    def acting(self, logged, metrics):
+        log(self, logged, metrics)
+        if logged == step and "loss" in metrics:
+            action()
+
+    monkeypatch.setattr(MetricsFile, "log", acting)
+
+
+def test_sigusr1_saves_and_the_run_goes_on(clean, config, monkeypatch):
+    at_line(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    result = jf.fit(config | {"checkpoint": {"every_steps": None}})
+    assert (result.step, result.stopped) == (STEPS, None)
+    saved = sorted(int(p) for p in os.listdir(f"{config['run_dir']}/checkpoints") if p.isdecimal())
+    assert saved == [5, 8]
+    assert_bit_equal(jax.device_get(result.model.params), jax.device_get(clean[1].model.params))
+
+
+def test_a_run_saves_and_stops_before_its_time_limit(config, monkeypatch):
+    at_line(monkeypatch, 2, lambda: time.sleep(7))
+    result = jf.fit(config, [f"train.time_limit_minutes={(jf_seconds() + 6) / 60}", "train.steps=100000"])
+    assert result.stopped == "the time limit"
+    assert result.step < 100_000
+    assert str(result.step) in os.listdir(f"{config['run_dir']}/checkpoints")
+
+
+def jf_seconds():
+    """What a run of this size takes to start here, generously."""
+    return 30
+
+
+def test_time_is_accounted_for(clean, capsys):
+    config, result = clean
+    *_, last = metrics_of(config)
+    spent = {name: seconds for name, seconds in last.items() if name.startswith("seconds/")}
+    assert set(spent) == {
+        f"seconds/{p}" for p in ("productive", "compile", "data", "evaluate", "checkpoint", "restart")
+    }
+    assert all(spent[f"seconds/{purpose}"] > 0 for purpose in ("productive", "compile", "evaluate", "checkpoint"))
+    assert last["goodput"] == pytest.approx(spent["seconds/productive"] / sum(spent.values()))
+    assert 0 < result.metrics["goodput"] < 1
