@@ -26,6 +26,7 @@ from jaxformers.families import read_config
 from jaxformers.families.catalog import is_published
 from jaxformers.families.common import without_mtp
 from jaxformers.generation import generate
+from jaxformers.hub.resolve import classify, resolve
 from jaxformers.models.config import ModelConfig
 from jaxformers.models.params import count_params, flops_per_token
 from jaxformers.parallel.distributed import differing, is_first, wait_for_all
@@ -35,6 +36,8 @@ from jaxformers.train.checkpoint import Checkpointer
 from jaxformers.train.guard import after_rollback
 from jaxformers.train.loop import Result, train
 from jaxformers.train.monitor import Display, MetricsFile, TensorBoard, Tracker, Trackers
+from jaxformers.train.provenance import library_versions, version_note
+from jaxformers.train.restore import Load, load_state
 from jaxformers.train.state import TrainState
 
 
@@ -160,15 +163,18 @@ def fit(
         tokenizer = _tokenizer(setup)
         _check_samples(config, setup.cfg, tokenizer)
         meta = _meta(setup, tokenizer)
-        if resume_step is not None:
-            _check_same_model(checkpoints, resume_step, setup.cfg, tokenizer)
+        start = _start(config, checkpoints, resume_step, stack, console)
+        if start is not None:
+            _check_same_model(start.checkpoints, start.step, setup.cfg, tokenizer, start.remedy)
+            if note := version_note(start.checkpoints.meta(start.step).get("versions", {})):
+                _print(note, console)
         corpus = _open_corpus(config, tokenizer, console)
         _say_corpus(corpus.report, console)
         _check_same_everywhere(
             f"{corpus.train.fingerprint} {corpus.validation.fingerprint}", "data", done="open its data"
         )
         feed = _feed(setup, corpus)
-        state = _first_state(setup, checkpoints, resume_step, feed.batches, console)
+        state = _first_state(setup, start, feed.batches, console)
         # Only now is it certain that the run may go on here: what it says of itself is left as it was until then.
         if resume_step is not None:
             checkpoints.set_aside(newer_than=resume_step)
@@ -195,7 +201,7 @@ def _resume_step(config: RunConfig, checkpoints: Checkpointer, console: Console)
         raise ValueError(f"{checkpoints.folder} holds step {latest}; choose another run_dir, or checkpoint.resume=auto")
     if latest is None and resume == "must":
         raise ValueError(f"{checkpoints.folder} holds no checkpoint to resume from")
-    return checkpoints.newest_good(lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True))
+    return checkpoints.newest_good(lambda line: _print(line, console))
 
 
 def _tokenizer(setup: Setup) -> Tokenizer:
@@ -229,23 +235,35 @@ def _meta(setup: Setup, tokenizer: Tokenizer) -> dict[str, Any]:
     return {
         "model": dict(setup.cfg.source or {}),
         "tokenizer": tokenizer.fingerprint,
+        "tokenizer_from": _tokenizer_origin(setup),
         "generation": generation,
         "config": setup.config.model_dump(mode="json"),
         "mesh": dict(setup.mesh.shape),
+        "versions": dict(library_versions()),
     }
 
 
-def _check_same_model(checkpoints: Checkpointer, step: int, cfg: ModelConfig, tokenizer: Tokenizer) -> None:
+def _tokenizer_origin(setup: Setup) -> str:
+    """Where the tokenizer came from, for people; a copy of it lies in the run directory."""
+    given = setup.config.tokenizer
+    if given is None and setup.pretrained is not None:
+        return str(setup.pretrained.path)
+    given = given or TokenizerConfig()
+    return given.path if given.kind == "file" and given.path else given.kind
+
+
+def _check_same_model(
+    checkpoints: Checkpointer, step: int, cfg: ModelConfig, tokenizer: Tokenizer, remedy: str
+) -> None:
     saved = checkpoints.meta(step)
     before = read_config(saved["model"])
     if before != cfg:
         names = [f.name for f in fields(cfg) if f.compare and getattr(before, f.name) != getattr(cfg, f.name)]
         raise ValueError(
-            f"{checkpoints.folder} holds another model's checkpoint (it differs in {', '.join(names)}); "
-            "choose another run_dir"
+            f"{checkpoints.folder} holds another model's checkpoint (it differs in {', '.join(names)}); {remedy}"
         )
     if saved["tokenizer"] != tokenizer.fingerprint:
-        raise ValueError(f"{checkpoints.folder} was trained with another tokenizer; choose another run_dir")
+        raise ValueError(f"{checkpoints.folder} was trained with another tokenizer; {remedy}")
 
 
 def _open_corpus(config: RunConfig, tokenizer: Tokenizer, console: Console) -> Corpus:
@@ -268,7 +286,7 @@ def _say_corpus(report: CorpusReport, console: Console) -> None:
     if report.skipped:
         lines.append(f"data: skipped {report.skipped} records that are no text, the first {report.skipped_names[0]}")
     for line in lines:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        _print(line, console)
 
 
 @dataclass(frozen=True)
@@ -294,22 +312,76 @@ def _feed(setup: Setup, corpus: Corpus) -> Feed:
     return Feed(train_iterator(corpus.train, batch_size=config.train.batch_size, **shares), validation, spec)
 
 
-def _first_state(
-    setup: Setup,
-    checkpoints: Checkpointer,
-    resume_step: int | None,
-    batches: grain.DatasetIterator[Row],
-    console: Console,
-) -> TrainState:
-    """The state to begin with, restored (`batches` are then moved to where they were), pretrained or random."""
-    config, trainer = setup.config, setup.trainer
+@dataclass(frozen=True)
+class Start:
+    """The checkpoint that a run begins with: its own newest one, or another run's, of which it may take parts."""
+
+    checkpoints: Checkpointer
+    step: int
+    load: Load
+    said: str
+    remedy: str  # for a checkpoint of another model
+
+
+def _start(
+    config: RunConfig, own: Checkpointer, resume_step: int | None, stack: ExitStack, console: Console
+) -> Start | None:
+    """Its own checkpoint where it has one. ValueError where another run's cannot be used."""
     if resume_step is not None:
-        state = checkpoints.restore(resume_step, trainer.plain_state, batches)
-        console.print(f"resuming from step {resume_step}", highlight=False, markup=False)
-        return trainer.from_plain(state)
+        return Start(own, resume_step, "all", f"resuming from step {resume_step}", "choose another run_dir")
+    if config.checkpoint.start_from is None:
+        return None
+    path = resolve(Path(config.checkpoint.start_from).expanduser())
+    kind = classify(path)
+    if kind not in ("run", "checkpoint"):
+        raise ValueError(
+            f"checkpoint.start_from: {path} is of the kind {kind}, which holds no training state; "
+            "name it under the key 'model' to begin with its weights"
+        )
+    run, step = (path, None) if kind == "run" else (path.absolute().parent.parent, int(path.absolute().name))
+    others = stack.enter_context(Checkpointer(run))
+    if step is None:
+        step = others.newest_good(lambda line: _print(line, console))
+    elif config.checkpoint.verify:
+        others.check(step)
+    if step is None:
+        raise ValueError(f"checkpoint.start_from: {run} has no checkpoint yet")
+    said = f"starting from step {step} of {run}"
+    return Start(others, step, config.checkpoint.load, said, "choose another checkpoint.start_from")
+
+
+def _first_state(
+    setup: Setup, start: Start | None, batches: grain.DatasetIterator[Row], console: Console
+) -> TrainState:
+    """The state to begin with: from a checkpoint (`batches` may then be moved), pretrained or random."""
+    config, trainer = setup.config, setup.trainer
+    if start is None:
+        return _new_state(setup)
+    loaded = load_state(
+        start.checkpoints,
+        start.step,
+        trainer.plain_state,
+        batches,
+        make=lambda params: trainer.to_plain(
+            _new_state(setup) if params is None else trainer.from_params(params, config.seed)
+        ),
+        load=start.load,
+        allow_missing=config.checkpoint.allow_missing,
+    )
+    for line in loaded.lines(start.said):
+        _print(line, console)
+    return trainer.from_plain(loaded.state)
+
+
+def _new_state(setup: Setup) -> TrainState:
     if setup.pretrained is not None:
-        return trainer.from_params(setup.pretrained.read_params(setup.mesh, dtype="float32"), config.seed)
-    return trainer.init(config.seed)
+        params = setup.pretrained.read_params(setup.mesh, dtype="float32")
+        return setup.trainer.from_params(params, setup.config.seed)
+    return setup.trainer.init(setup.config.seed)
+
+
+def _print(line: str, console: Console) -> None:
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _run(
