@@ -17,6 +17,7 @@ from typing import Annotated
 import typer
 
 from jaxformers.bench_cli import bench_app
+from jaxformers.checkpoint_cli import checkpoint_app
 
 app = typer.Typer(
     name="jaxformers",
@@ -26,6 +27,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(bench_app, name="bench")
+app.add_typer(checkpoint_app, name="checkpoint")
 
 Ref = Annotated[
     str,
@@ -293,7 +295,7 @@ def _leave(status: int) -> None:
 
 
 def _set_up_unless_help() -> None:
-    verbs_with_jax = ("train", "generate", "chat", "convert", "bench")
+    verbs_with_jax = ("train", "generate", "chat", "convert", "bench", "checkpoint")
     if len(sys.argv) > 1 and sys.argv[1] in verbs_with_jax and not {"-h", "--help"} & set(sys.argv):
         from jaxformers.environment import set_up
 

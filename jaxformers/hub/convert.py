@@ -46,13 +46,14 @@ def import_params(
     return jax.tree.unflatten(tree, leaves)
 
 
-def import_deferred(cfg: ModelConfig, tensors: Mapping[str, ArrayLike], *, dtype: Any) -> Params:
+def import_deferred(cfg: ModelConfig, tensors: Mapping[str, ArrayLike], *, dtype: Any = None) -> Params:
     """The parameters as `import_params` reads them, each leaf `Deferred`: made in host memory when its turn comes."""
     tensors, by_leaf = _planned(cfg, tensors)
 
     def deferred(path: LeafPath, spec: ParamSpec) -> Deferred:
-        read = _reader(by_leaf[path], spec.shape, tensors, dtype)
-        return Deferred(spec.shape, np.dtype(dtype), lambda: read((slice(None),) * len(spec.shape)))
+        made = _dtype_of(by_leaf[path], tensors, dtype)
+        read = _reader(by_leaf[path], spec.shape, tensors, made)
+        return Deferred(spec.shape, made, lambda: read((slice(None),) * len(spec.shape)))
 
     return jax.tree_util.tree_map_with_path(deferred, model_spec(cfg))
 
@@ -76,14 +77,17 @@ def _per_leaf(shardings: Any, count: int) -> list[jax.sharding.Sharding]:
     return [shardings] * count if isinstance(shardings, jax.sharding.Sharding) else jax.tree.leaves(shardings)
 
 
+def _dtype_of(leaf_parts: list[Part], tensors: Mapping[str, ArrayLike], dtype: Any) -> np.dtype:
+    stored = {tensors[part.source.name].dtype for part in leaf_parts}
+    return np.dtype(dtype) if dtype else np.dtype(stored.pop() if len(stored) == 1 else np.float32)
+
+
 def _reader(
     leaf_parts: list[Part], shape: tuple[int, ...], tensors: Mapping[str, ArrayLike], dtype: Any
 ) -> Callable[[tuple[slice, ...]], np.ndarray]:
     """What reads a slice of one leaf; nothing under other slices is read."""
-    stored = {tensors[part.source.name].dtype for part in leaf_parts}
-    dtype = np.dtype(dtype) if dtype else stored.pop() if len(stored) == 1 else np.dtype(np.float32)
     by_index = {part.index: part for part in leaf_parts}
-    leading = len(leaf_parts[0].index)
+    leading, dtype = len(leaf_parts[0].index), _dtype_of(leaf_parts, tensors, dtype)
 
     def read(where: tuple[slice, ...]) -> np.ndarray:
         ranges = [range(*s.indices(size)) for s, size in zip(where, shape, strict=True)]
@@ -198,7 +202,9 @@ def _deferred(group: list[Part], leaves: Mapping[LeafPath, Any], dtype: Any) -> 
     return Deferred(shape, dtype, assemble)
 
 
-def _pieces(leaf: jax.Array | np.ndarray | _Shared, index: tuple[int, ...]) -> Iterator[tuple[tuple[Any, ...], np.ndarray]]:
+def _pieces(
+    leaf: jax.Array | np.ndarray | _Shared, index: tuple[int, ...]
+) -> Iterator[tuple[tuple[Any, ...], np.ndarray]]:
     """The pieces of `leaf[index]` that devices hold, and where in it they belong; it is nowhere put together."""
     if isinstance(leaf, _Shared):
         leaf = leaf.use()

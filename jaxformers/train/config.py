@@ -204,7 +204,8 @@ class CheckpointConfig(BaseModel):
         "must: refuse a run that has none.",
     )
     start_from: str | None = Field(
-        None, description="Another run, or one of its checkpoints, that a run without checkpoints of its own begins with."
+        None,
+        description="Another run, or one of its checkpoints, that a run without checkpoints of its own begins with.",
     )
     load: Literal["all", "params", "params_and_optimizer"] = Field(
         "all",

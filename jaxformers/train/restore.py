@@ -44,7 +44,9 @@ class Loaded:
 
     def lines(self, source: str) -> list[str]:
         """The same for people."""
-        lines = [f"{source}: restored {_listed(self.restored)}; not restored: {_listed(self.not_restored) or 'nothing'}"]
+        lines = [
+            f"{source}: restored {_listed(self.restored)}; not restored: {_listed(self.not_restored) or 'nothing'}"
+        ]
         return lines + ([f"missing there and initialized freshly: {', '.join(self.fresh)}"] if self.fresh else [])
 
 
