@@ -92,7 +92,8 @@ class FoundModel:
     def read_params(self, mesh: Mesh, *, dtype: str | None = None, ema: bool = False) -> Params:
         """The parameters (or their moving average), each tensor straight into its place on the mesh; dtype None keeps
         them as stored."""
-        self._check_ema(ema)
+        if ema and not self.has_ema:
+            raise ValueError(f"{self.path} holds no moving average; a run keeps one with train.ema_decay")
         places = param_shardings(model_spec(self.config), mesh)
         with jax.set_mesh(mesh):
             if self.tensors is not None:
@@ -106,25 +107,20 @@ class FoundModel:
             with Checkpointer(self.path) as checkpoints:
                 return checkpoints.restore_params(self.step, abstract, ema=ema)
 
-    def deferred_params(self, *, ema: bool = False, dtype: str | None = "float32") -> Params:
-        """The parameters (or their moving average) with `Deferred` leaves, each read into host memory when its turn
-        comes; dtype None keeps a leaf as stored, or float32 where its tensors are stored in several dtypes."""
+    def deferred_params(self, *, dtype: str | None = "float32") -> Params:
+        """The parameters with `Deferred` leaves, each read into host memory when its turn comes; dtype None keeps a
+        leaf as stored, or float32 where its tensors are stored in several dtypes."""
         if self.tensors is not None:
             return import_deferred(self.config, self.tensors, dtype=dtype)
-        self._check_ema(ema)
         assert self.step is not None
-        group, spec = "ema" if ema else "params", model_spec(self.config)
+        spec = model_spec(self.config)
         with Checkpointer(self.path) as checkpoints:
             stored = checkpoints.stored(self.step)
-        wanted = {f"{group}.{name}": leaf for name, leaf in named_leaves(spec).items()}
+        wanted = {f"params.{name}": leaf for name, leaf in named_leaves(spec).items()}
         if missing := sorted(wanted.keys() - stored.keys()):
             raise ValueError(f"step {self.step} of {self.path} lacks {', '.join(missing)}")
         leaves = [Deferred(leaf.shape, np.dtype(np.float32), stored[name].read) for name, leaf in wanted.items()]
         return jax.tree.unflatten(jax.tree.structure(spec), leaves)
-
-    def _check_ema(self, ema: bool) -> None:
-        if ema and not self.has_ema:
-            raise ValueError(f"{self.path} holds no moving average; a run keeps one with train.ema_decay")
 
 
 def find_model(ref: str | Path, *, mtp: bool = False) -> FoundModel:

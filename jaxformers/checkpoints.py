@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.j
 Done = Callable[[int], None]  # hears of bytes that are done
 
 
-def tensors_of(ref: str | Path, *, ema: bool = False) -> Mapping[str, ArrayLike]:
+def tensors_of(ref: str | Path) -> Mapping[str, ArrayLike]:
     """The tensors of a reference of any kind by Hugging Face name, each read when its turn comes."""
     path = resolve(ref)
     kind = classify(path)
@@ -48,7 +48,7 @@ def tensors_of(ref: str | Path, *, ema: bool = False) -> Mapping[str, ArrayLike]
     if kind == "huggingface":
         return open_weights(path)
     found = find_model(path, mtp=True)
-    return found.tensors if found.tensors is not None else export_tensors(found.config, found.deferred_params(ema=ema))
+    return found.tensors if found.tensors is not None else export_tensors(found.config, found.deferred_params())
 
 
 def average(
@@ -69,7 +69,7 @@ def average(
     for ref, model in zip(refs[1:], models[1:], strict=True):
         _check_alike(refs[0], models[0], ref, model)
     leaves = average_leaves([model.deferred_params() for model in models], weights)
-    save_found(replace(models[0], path=directory), _counted(leaves, done), directory, dtype=dtype)
+    save_found(models[0], _counted(leaves, done), directory, dtype=dtype)
 
 
 def _check_alike(ref: str, model: FoundModel, other_ref: str, other: FoundModel) -> None:

@@ -421,11 +421,11 @@ def test_any_dtype_survives(run, tmp_path):
     }
     write_tensors(tmp_path / "all", tensors)
     run("split", tmp_path / "all" / "model.safetensors", tmp_path / "shards", "--max-shard-size", "200B")
-    run("merge", tmp_path / "shards" / "model.safetensors.index.json", tmp_path / "x")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) == 5
     assert_bit_equal(open_tensors(tmp_path / "shards"), open_tensors(tmp_path / "all"))
 
 
-@pytest.mark.parametrize("size", ["2 apples", "0GB", "-1", ""])
+@pytest.mark.parametrize("size", ["2 apples", "0GB", "-1", "GB"])
 def test_sizes_that_are_none_are_refused(run, exported, tmp_path, size):
     refused = run("split", exported(), tmp_path / "x", f"--max-shard-size={size}").mistake
     assert refused == f"--max-shard-size {size} is not a size, such as 2GB, 500MB or 100000"
@@ -532,7 +532,6 @@ class Ledger:
                     if made.base is None:
                         self.now -= made.nbytes
 
-            made = np.empty(array.shape, array.dtype).view(Counted)
             made = Counted(array.shape, array.dtype)
             made[...] = array
             self.now += made.nbytes

@@ -35,6 +35,8 @@ from jaxformers.train.state import TrainState
 from jaxformers.train.stored import StoredArray, open_stored
 
 FOLDER = "checkpoints"
+ITEMS = ("state", "data", "meta")
+META_KEYS = ("model", "tokenizer", "config", "mesh")  # without which no run can tell whether a checkpoint is its own
 SPARE_BYTES = 2**20  # beside a checkpoint's arrays: metadata, and what the run writes meanwhile
 UNFINISHED = ".unfinished-"  # begins the names of checkpoints that are being written or removed
 _SAVE_SECONDS = 3600  # for the processes of a run to write one checkpoint
@@ -211,10 +213,11 @@ class Checkpointer:
 
     def meta(self, step: int) -> dict[str, Any]:
         """The metadata saved with a step."""
-        meta = self._restore(step, ocp_args.Composite(meta=ocp_args.JsonRestore())).meta
-        lacks = [key for key in ("model", "config", "mesh") if not isinstance((meta or {}).get(key), dict)]
-        if lacks:
-            raise CheckpointError(f"{self.folder / str(step)} is no checkpoint of a run: its meta lacks {lacks[0]!r}")
+        meta = self._restore(step, ocp_args.Composite(meta=ocp_args.JsonRestore())).get("meta") or {}
+        if lacks := [key for key in META_KEYS if key not in meta]:
+            raise CheckpointError(
+                f"{self.folder / str(step)} is no checkpoint of a run: it does not say its {lacks[0]}"
+            )
         return meta
 
     def stored(self, step: int) -> dict[str, StoredArray]:
@@ -257,6 +260,8 @@ class Checkpointer:
         path = self.folder / str(step)
         if not path.is_dir():
             raise CheckpointError(f"{path} does not exist; there are {', '.join(map(str, self.steps)) or 'none'}")
+        if lacks := [name for name in ITEMS if not (path / name).is_dir()]:
+            raise CheckpointError(f"{path} is not whole: it has no {' and no '.join(lacks)}; use another checkpoint")
         try:
             return read(path)
         except Exception as error:

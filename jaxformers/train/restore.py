@@ -5,7 +5,7 @@ A state has the groups `params`, `opt_state`, `ema`, `step`, `key` and `guard`; 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -121,6 +121,12 @@ def check_fits(
         hint = "; checkpoint.allow_missing lets named parts begin anew" if problems["missing"] else ""
         raise CheckpointError(f"the checkpoint {where} does not fit this run's state: {'; '.join(found)}{hint}")
     return allowed
+
+
+def groups_of(names: Iterable[str]) -> list[str]:
+    """What a checkpoint with arrays of these names holds, in words."""
+    present = {_group(name) for name in names}
+    return [words for group, words in GROUPS.items() if group in present] + [DATA]
 
 
 def _check_patterns(allow_missing: Sequence[str], names: Sequence[str]) -> None:

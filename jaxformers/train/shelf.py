@@ -113,10 +113,10 @@ def choose(
 ) -> Chosen:
     """Which checkpoints go: the steps named, those that retention does not keep, and the damaged ones (those that a run
     has set aside too). ValueError where nothing is asked for or a step is not there."""
-    if not (steps or keep_last is not None or damaged):
-        raise ValueError("say which checkpoints to remove: --step, --keep-last, or --damaged")
     if keep_every is not None and keep_last is None:
         raise ValueError("--keep-every says which of the older checkpoints stay beside --keep-last; give both")
+    if not (steps or keep_last is not None or damaged):
+        raise ValueError("say which checkpoints to remove: --step, --keep-last, or --damaged")
     folder = shelf_of(run)
     present = [int(path.name) for path in find_checkpoints(run)]
     if unknown := [step for step in steps if step not in present]:

@@ -1,6 +1,8 @@
 """What a run takes from another run's checkpoint, and what it says of it."""
 
+import json
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -10,7 +12,9 @@ from tiny import assert_bit_equal, run_config
 import jaxformers as jf
 from jaxformers import training
 from jaxformers.config import load_config
+from jaxformers.inspection import describe
 from jaxformers.train.checkpoint import Checkpointer, CheckpointError
+from jaxformers.train.integrity import write_checksums
 from jaxformers.train.provenance import library_versions, version_note
 from jaxformers.train.restore import check_fits
 from jaxformers.train.stored import StoredArray, named_leaves
@@ -169,3 +173,58 @@ def test_other_versions_are_a_note():
     assert version_note(now) is None
     assert version_note({}) is None
     assert version_note(now | {"jax": "0.1"}) == f"note: the checkpoint was written with jax 0.1 (now {now['jax']})"
+
+
+def resealed(run_dir, harm):
+    """The run's newest checkpoint after `harm`, with checksums of what is there now."""
+    newest = run_dir / "checkpoints" / "4"
+    harm(newest)
+    (newest / "checksums.json").unlink()
+    write_checksums(newest)
+    return newest
+
+
+def foreign_meta(checkpoint):
+    (checkpoint / "meta" / "metadata").write_text('{"who": "somebody else"}')
+
+
+@pytest.mark.parametrize(
+    "harm, message",
+    [
+        (foreign_meta, "is no checkpoint of a run: it does not say its model"),
+        (lambda c: shutil.rmtree(c / "meta"), "checkpoints/4 is not whole: it has no meta; use another checkpoint"),
+        (lambda c: (c / "meta" / "metadata").write_text("{"), "cannot read the checkpoint .*/4: "),
+        (lambda c: (c / "state" / "manifest.ocdbt").unlink(), r"holds no saved state \(manifest.ocdbt is missing\)"),
+        (lambda c: shutil.rmtree(c / "state" / "d"), "cannot read the checkpoint .*/4: "),
+    ],
+)
+def test_foreign_and_half_deleted_checkpoints_are_one_line_that_names_them(first, tmp_path, harm, message):
+    config, result = first
+    run = shutil.copytree(result.run_dir, tmp_path / "run")
+    newest = resealed(run, harm)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        jf.fit(config | {"run_dir": str(run)}, ["train.steps=5"])
+    assert str(newest) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_is_inspected(first):
+    _, result = first
+    found = describe(result.run_dir / "checkpoints" / "2")
+    assert found["saved"] == "parameters, optimizer, moving average, step, guard, random key, data position"
+    assert found["tokenizer hash"] == f"{result.model.tokenizer.fingerprint} (bytes)"
+    assert f"jax {jax.__version__}, " in found["written with"]
+
+
+def test_a_resume_with_other_versions_says_so(first, tmp_path, capsys):
+    config, result = first
+    run = shutil.copytree(result.run_dir, tmp_path / "run")
+
+    def age(checkpoint):
+        path = checkpoint / "meta" / "metadata"
+        meta = json.loads(path.read_text())
+        path.write_text(json.dumps(meta | {"versions": meta["versions"] | {"optax": "0.0.1"}}))
+
+    resealed(run, age)
+    assert jf.fit(config | {"run_dir": str(run)}).step == 4
+    assert "note: the checkpoint was written with optax 0.0.1 (now " in capsys.readouterr().err
