@@ -303,5 +303,7 @@ def _set_up_unless_help() -> None:
 
 
 def _one_line(error: Exception) -> str:
-    text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return " ".join(text.split())

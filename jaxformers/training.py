@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +27,18 @@ from jaxformers.families import read_config
 from jaxformers.families.catalog import is_published
 from jaxformers.families.common import without_mtp
 from jaxformers.generation import generate
-from jaxformers.hub.resolve import classify, resolve
 from jaxformers.models.config import ModelConfig
 from jaxformers.models.params import count_params, flops_per_token
 from jaxformers.parallel.distributed import differing, is_first, wait_for_all
 from jaxformers.parallel.mesh import batch_sharding, batch_shards, make_mesh
+from jaxformers.starting import Start, find_start
 from jaxformers.train.build import Trainer
 from jaxformers.train.checkpoint import Checkpointer
 from jaxformers.train.guard import after_rollback
 from jaxformers.train.loop import Result, train
 from jaxformers.train.monitor import Display, MetricsFile, TensorBoard, Tracker, Trackers
-from jaxformers.train.provenance import library_versions, version_note
-from jaxformers.train.restore import Load, load_state
+from jaxformers.train.provenance import library_versions
+from jaxformers.train.restore import load_state
 from jaxformers.train.state import TrainState
 
 
@@ -163,11 +164,9 @@ def fit(
         tokenizer = _tokenizer(setup)
         _check_samples(config, setup.cfg, tokenizer)
         meta = _meta(setup, tokenizer)
-        start = _start(config, checkpoints, resume_step, stack, console)
-        if start is not None:
-            _check_same_model(start.checkpoints, start.step, setup.cfg, tokenizer, start.remedy)
-            if note := version_note(start.checkpoints.meta(start.step).get("versions", {})):
-                _print(note, console)
+        start = find_start(config.checkpoint, checkpoints, resume_step, stack, partial(_print, console=console))
+        if start is not None and (note := start.check(setup.cfg, tokenizer)):
+            _print(note, console)
         corpus = _open_corpus(config, tokenizer, console)
         _say_corpus(corpus.report, console)
         _check_same_everywhere(
@@ -252,20 +251,6 @@ def _tokenizer_origin(setup: Setup) -> str:
     return given.path if given.kind == "file" and given.path else given.kind
 
 
-def _check_same_model(
-    checkpoints: Checkpointer, step: int, cfg: ModelConfig, tokenizer: Tokenizer, remedy: str
-) -> None:
-    saved = checkpoints.meta(step)
-    before = read_config(saved["model"])
-    if before != cfg:
-        names = [f.name for f in fields(cfg) if f.compare and getattr(before, f.name) != getattr(cfg, f.name)]
-        raise ValueError(
-            f"{checkpoints.folder} holds another model's checkpoint (it differs in {', '.join(names)}); {remedy}"
-        )
-    if saved["tokenizer"] != tokenizer.fingerprint:
-        raise ValueError(f"{checkpoints.folder} was trained with another tokenizer; {remedy}")
-
-
 def _open_corpus(config: RunConfig, tokenizer: Tokenizer, console: Console) -> Corpus:
     """The corpus, with a progress bar while it is tokenized."""
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -310,44 +295,6 @@ def _feed(setup: Setup, corpus: Corpus) -> Feed:
         rows = config.train.batch_size // config.train.accumulation
         validation = validation_batches(corpus.validation, batch_size=rows, max_batches=most, **shares)
     return Feed(train_iterator(corpus.train, batch_size=config.train.batch_size, **shares), validation, spec)
-
-
-@dataclass(frozen=True)
-class Start:
-    """The checkpoint that a run begins with: its own newest one, or another run's, of which it may take parts."""
-
-    checkpoints: Checkpointer
-    step: int
-    load: Load
-    said: str
-    remedy: str  # for a checkpoint of another model
-
-
-def _start(
-    config: RunConfig, own: Checkpointer, resume_step: int | None, stack: ExitStack, console: Console
-) -> Start | None:
-    """Its own checkpoint where it has one. ValueError where another run's cannot be used."""
-    if resume_step is not None:
-        return Start(own, resume_step, "all", f"resuming from step {resume_step}", "choose another run_dir")
-    if config.checkpoint.start_from is None:
-        return None
-    path = resolve(Path(config.checkpoint.start_from).expanduser())
-    kind = classify(path)
-    if kind not in ("run", "checkpoint"):
-        raise ValueError(
-            f"checkpoint.start_from: {path} is of the kind {kind}, which holds no training state; "
-            "name it under the key 'model' to begin with its weights"
-        )
-    run, step = (path, None) if kind == "run" else (path.absolute().parent.parent, int(path.absolute().name))
-    others = stack.enter_context(Checkpointer(run))
-    if step is None:
-        step = others.newest_good(lambda line: _print(line, console))
-    elif config.checkpoint.verify:
-        others.check(step)
-    if step is None:
-        raise ValueError(f"checkpoint.start_from: {run} has no checkpoint yet")
-    said = f"starting from step {step} of {run}"
-    return Start(others, step, config.checkpoint.load, said, "choose another checkpoint.start_from")
 
 
 def _first_state(

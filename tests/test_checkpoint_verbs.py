@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -452,7 +453,7 @@ def test_a_disk_that_fails_is_one_line_and_leaves_nothing(run, exported, tmp_pat
 
     monkeypatch.setattr("jaxformers.hub.safetensors._to_disk", full)
     refused = run("merge", exported(), tmp_path / "x.safetensors").mistake
-    assert f"of weights to {tmp_path / 'x.safetensors'}: No space left on device" in refused
+    assert refused == f"cannot write 0.000139 GB of weights to {tmp_path / 'x.safetensors'}: No space left on device"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -514,6 +515,24 @@ def test_reshard_refuses_what_it_cannot_do(run, mine, exported, tmp_path):
         in run("reshard", at(mine, 4), tmp_path / "x", "--mesh", "tp=2").mistake
     )
     assert not (tmp_path / "x").exists()
+
+
+def test_a_full_disk_under_reshard_is_one_line_and_leaves_no_checkpoint(run, trained, small_disk):
+    refused = run("reshard", trained, small_disk / "run", "--mesh", "tp=2").mistake
+    assert refused == f"cannot write {at(small_disk / 'run', 6)}: No space left on device"
+    assert left(small_disk / "run") == []
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 400 kB, half of what a checkpoint needs."""
+    mounted = tmp_path / "disk"
+    mounted.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(mounted)]
+    if subprocess.run(command, check=False, capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs more rights")
+    yield mounted
+    subprocess.run(["umount", str(mounted)], check=True)
 
 
 # -- memory

@@ -128,7 +128,7 @@ class Checkpointer:
         try:
             self._orbax.save(self.folder / f"{UNFINISHED}{step}", args=items, force=True)
         except Exception as error:
-            raise self._cannot_save(_reason(error)) from error
+            raise self._cannot_save(reason_of(error)) from error
         self._saved_at = time.monotonic()
         self._sealing = threading.Thread(target=self._seal, args=(step,), name=f"checkpoint {step}")
         self._sealing.start()
@@ -151,7 +151,7 @@ class Checkpointer:
         self._sealing.join()
         self._sealing, failure, self._failure = None, self._failure, None
         if failure is not None:
-            raise self._cannot_save(_reason(failure)) from failure
+            raise self._cannot_save(reason_of(failure)) from failure
         wait_for_all("write a checkpoint")  # the first one names it, and then the others may look at the folder
 
     def _check_room(self, step: int, state: TrainState) -> None:
@@ -265,7 +265,7 @@ class Checkpointer:
         try:
             return read(path)
         except Exception as error:
-            raise CheckpointError(f"cannot read the checkpoint {path}: {_reason(error)}") from error
+            raise CheckpointError(f"cannot read the checkpoint {path}: {reason_of(error)}") from error
 
 
 def to_remove(steps: Sequence[int], *, keep_last: int, keep_every: int | None) -> list[int]:
@@ -303,7 +303,7 @@ def _from_first(step: int | None) -> int | None:
     return None if sent == _NOTHING else sent
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """What went wrong, in one line; where it was the system's, in the system's words."""
     text = str(error).strip()
     if code := re.search(r"os_error_code='(\d+)'|\[Errno (\d+)\]", text):

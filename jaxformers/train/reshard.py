@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import tensorstore
 
-from jaxformers.train.checkpoint import FOLDER, UNFINISHED, CheckpointError, seal
+from jaxformers.train.checkpoint import FOLDER, UNFINISHED, CheckpointError, reason_of, seal
 from jaxformers.train.stored import StoredArray, kvstore, open_stored
 
 # Of a state's folder: the database, and what describes its chunks or its devices.
@@ -50,8 +50,8 @@ def reshard(
         (unfinished / _META).write_text(json.dumps(meta), encoding="utf-8")
         _write_state(checkpoint / "state", unfinished / "state", chunks, done)
         seal(unfinished, target)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {target}: {error.strerror or error}") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot write {target}: {reason_of(error)}") from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return target
@@ -88,8 +88,5 @@ def _write_array(array: StoredArray, target: Path, chunks: tuple[int, ...]) -> N
         # What is zero everywhere is written too: Orbax takes a chunk that is not there for a damaged checkpoint.
         "store_data_equal_to_fill_value": True,
     }
-    try:
-        with tensorstore.Transaction() as together:  # all chunks under one commit
-            tensorstore.open(spec, create=True).result().with_transaction(together).write(content).result()
-    except ValueError as error:
-        raise OSError(None, str(error).splitlines()[0]) from None
+    with tensorstore.Transaction() as together:  # all chunks under one commit
+        tensorstore.open(spec, create=True).result().with_transaction(together).write(content).result()
