@@ -194,7 +194,7 @@ def _step_seconds(
 def _train_report(trainer: Trainer, name: str, step: Seconds, compile: Compile, memory: Memory) -> TrainReport:
     machine = measure_machine(trainer.mesh.devices.flatten().tolist(), trainer.runtime.dtype)
     per_token = flops_per_token(trainer.cfg, trainer.sequence_length, mtp=trainer.runs_mtp)
-    tokens_per_second = trainer.program.tokens_per_step / step.median
+    tokens_per_second = trainer.program.tokens_after(1) / step.median
     rate = tokens_per_second * per_token
     return TrainReport(
         model=_shape(trainer.cfg, name),

@@ -18,6 +18,7 @@ import typer
 
 from jaxformers.bench_cli import bench_app
 from jaxformers.checkpoint_cli import checkpoint_app
+from jaxformers.data_cli import data_app
 
 app = typer.Typer(
     name="jaxformers",
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 app.add_typer(bench_app, name="bench")
 app.add_typer(checkpoint_app, name="checkpoint")
+app.add_typer(data_app, name="data")
 
 Ref = Annotated[
     str,
@@ -98,11 +100,12 @@ def train(
 def launch(
     context: typer.Context,
     processes: Annotated[int, typer.Option(help="Processes to start on this machine.")] = 2,
+    restarts: Annotated[int, typer.Option(help="How often to start all again after one has failed.")] = 0,
 ) -> None:
     """Run a command in several processes that work as one: launch --processes 2 -- train CONFIG."""
     from jaxformers.launch.local import launch as run
 
-    raise typer.Exit(run(context.args, processes=processes))
+    raise typer.Exit(run(context.args, processes=processes, restarts=restarts))
 
 
 @app.command()

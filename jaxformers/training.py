@@ -30,7 +30,7 @@ from jaxformers.generation import generate
 from jaxformers.models.config import ModelConfig
 from jaxformers.models.params import count_params, flops_per_token
 from jaxformers.parallel.distributed import differing, is_first, wait_for_all
-from jaxformers.parallel.mesh import batch_sharding, batch_shards, make_mesh
+from jaxformers.parallel.mesh import batch_sharding, make_mesh
 from jaxformers.starting import Start, find_start
 from jaxformers.train.build import Trainer
 from jaxformers.train.checkpoint import Checkpointer
@@ -83,7 +83,7 @@ def prepare_run(config: RunConfig) -> Setup:
         cfg = pretrained.config if pretrained.config.mtp_modules else without_mtp(pretrained.config)
     else:
         cfg = read_config(config.model)
-    _check_shapes(config, cfg, mesh)
+    _check_config(config, cfg)
     trainer = Trainer(
         cfg,
         mesh,
@@ -99,13 +99,7 @@ def prepare_run(config: RunConfig) -> Setup:
     return Setup(config, trainer, pretrained)
 
 
-def _check_shapes(config: RunConfig, cfg: ModelConfig, mesh: Mesh) -> None:
-    rows, shards = config.train.batch_size // config.train.accumulation, batch_shards(mesh.shape)
-    if rows % shards:
-        raise ValueError(
-            f"train: a microbatch of {rows} rows (batch_size {config.train.batch_size} / accumulation "
-            f"{config.train.accumulation}) cannot be split over {shards} devices; make it a multiple of {shards}"
-        )
+def _check_config(config: RunConfig, cfg: ModelConfig) -> None:
     if config.sample.prompts and jax.process_count() > 1:
         raise ValueError("sample.prompts are continued by a single process; set sample.prompts=[]")
     if config.data.sequence_length > cfg.context_length:
@@ -119,8 +113,9 @@ def describe_setup(setup: Setup) -> dict[str, str]:
     config, cfg = setup.config, setup.cfg
     state = setup.trainer.plain_state
     weights, total = _bytes_per_device(state.params) / 2**30, _bytes_per_device(state) / 2**30
-    per_step = config.train.batch_size * config.data.sequence_length
-    tokens = config.train.steps * per_step
+    tokens = config.train.rows_before(config.train.steps) * config.data.sequence_length
+    batches = sorted(set(config.train.batch_sizes.values()))
+    per_step = " to ".join(f"{rows * config.data.sequence_length:,}" for rows in {batches[0]: 0, batches[-1]: 0})
     sizes = ", ".join(f"{axis}={size}" for axis, size in setup.mesh.shape.items() if size > 1)
     count, active = count_params(cfg), count_params(cfg, active=True)
     modules = count_params(cfg, mtp=True) - count
@@ -132,7 +127,7 @@ def describe_setup(setup: Setup) -> dict[str, str]:
         + (f" + {modules:,} for multi-token prediction" if modules else ""),
         "devices": f"{setup.mesh.size} ({sizes or 'one'})",
         "memory per device": f"{total:.2f} GiB of state + {weights:.2f} GiB of gradients, plus activations",
-        "steps": f"{config.train.steps:,} of {per_step:,} tokens, {tokens:,} in all",
+        "steps": f"{config.train.steps:,} of {per_step} tokens, {tokens:,} in all",
         "compute": f"{flops:.2e} FLOPs in {config.runtime.dtype}",
     }
 
@@ -168,10 +163,8 @@ def fit(
         if start is not None and (note := start.check(setup.cfg, tokenizer)):
             _print(note, console)
         corpus = _open_corpus(config, tokenizer, console)
-        _say_corpus(corpus.report, console)
-        _check_same_everywhere(
-            f"{corpus.train.fingerprint} {corpus.validation.fingerprint}", "data", done="open its data"
-        )
+        _say_corpus(corpus, console)
+        _check_same_everywhere(_fingerprint(corpus), "data", done="open its data")
         feed = _feed(setup, corpus)
         state = _first_state(setup, start, feed.batches, console)
         # Only now is it certain that the run may go on here: what it says of itself is left as it was until then.
@@ -258,43 +251,61 @@ def _open_corpus(config: RunConfig, tokenizer: Tokenizer, console: Console) -> C
         return open_corpus(
             config.data,
             tokenizer,
+            rows_before=config.train.rows_before,
             progress=lambda done, total: bar.update(task, completed=done, total=total, visible=True),
         )
 
 
-def _say_corpus(report: CorpusReport, console: Console) -> None:
+def _fingerprint(corpus: Corpus) -> str:
+    """Equal where processes have the same rows to train and to validate on."""
+    held_out = [source.validation for source in (corpus.sources or {"": corpus}).values()]
+    return " ".join(rows.fingerprint_before(len(rows)) for rows in (corpus.train, *held_out))
+
+
+def _say_corpus(corpus: Corpus, console: Console) -> None:
+    for name, source in (corpus.sources or {"": corpus}).items():
+        for line in _describe_corpus(source.report):
+            _print(f"data{name and f' {name}'}: {line}", console)
+
+
+def _describe_corpus(report: CorpusReport) -> list[str]:
+    tests = f", {report.test_documents:,} kept for tests" if report.test_documents else ""
     lines = [
-        f"data: {report.files:,} files, {report.train_documents:,} documents of {report.train_tokens:,} tokens, "
-        f"{report.validation_documents:,} held out ({report.validation_tokens:,} tokens), "
+        f"{report.files:,} files, {report.train_documents:,} documents of {report.train_tokens:,} tokens, "
+        f"{report.validation_documents:,} held out ({report.validation_tokens:,} tokens){tests}, "
         f"rows {100 * report.train_efficiency:.1f}% full"
     ]
     if report.skipped:
-        lines.append(f"data: skipped {report.skipped} records that are no text, the first {report.skipped_names[0]}")
-    for line in lines:
-        _print(line, console)
+        lines.append(f"skipped {report.skipped} records that are no text, the first {report.skipped_names[0]}")
+    return lines
 
 
 @dataclass(frozen=True)
 class Feed:
-    """A run's batches, and how they are laid out on its mesh."""
+    """A run's batches, those to validate on by source, and how they are laid out on its mesh."""
 
     batches: grain.DatasetIterator[Row]
-    validation: Sequence[Row]
+    validation: Mapping[str, Sequence[Row]]
     spec: PartitionSpec
 
 
 def _feed(setup: Setup, corpus: Corpus) -> Feed:
-    config = setup.config
-    spec = batch_sharding((config.train.batch_size, config.data.sequence_length), setup.mesh).spec
+    config, train = setup.config, setup.config.train
+    spec = batch_sharding((train.batch_size, config.data.sequence_length), setup.mesh).spec
     share = process_share(setup.mesh, spec)
     shares = {"process_index": share.index, "process_count": share.count}
-    validation: Sequence[Row] = ()
-    if config.train.eval_batches and len(corpus.validation):
-        # An evaluation has the memory of a microbatch, and reads as many rows as the config says in whole batches.
-        most = config.train.eval_batches * config.train.accumulation
-        rows = config.train.batch_size // config.train.accumulation
-        validation = validation_batches(corpus.validation, batch_size=rows, max_batches=most, **shares)
-    return Feed(train_iterator(corpus.train, batch_size=config.train.batch_size, **shares), validation, spec)
+    sources = {name: source.validation for name, source in (corpus.sources or {"": corpus}).items()}
+    sources = {name: rows for name, rows in sources.items() if train.eval_batches and len(rows)}
+    # An evaluation has the memory of a microbatch, and reads as many rows as the config says in whole batches, as many
+    # of each source.
+    size, most = train.batch_size // train.accumulation, train.eval_batches * train.accumulation
+    most = -(-most // max(len(sources), 1))
+    validation = {
+        name: validation_batches(rows, batch_size=size, max_batches=most, **shares) for name, rows in sources.items()
+    }
+    ramp = {train.rows_before(step): rows for step, rows in train.batch_ramp.items()}
+    batches = train_iterator(corpus.train, batch_size=train.batch_size, batch_ramp=ramp, **shares)
+    return Feed(batches, validation, spec)
 
 
 def _first_state(

@@ -20,7 +20,7 @@ from jaxformers import cli
 from jaxformers.families import FAMILIES
 from jaxformers.hub.safetensors import open_tensors, write_tensors
 
-VERBS = ("train", "generate", "convert", "models", "inspect", "schema", "bench")
+VERBS = ("train", "generate", "convert", "models", "inspect", "schema", "bench", "data")
 
 
 class Outcome(NamedTuple):
@@ -209,7 +209,7 @@ def test_a_config_that_is_not_there_or_no_yaml(run, tmp_path):
 
 def test_a_mesh_that_does_not_fit_the_devices(run, tmp_path):
     config = write_config(tmp_path, mesh={"fsdp": 3, "dp": 1})
-    assert run("train", config).mistake == "mesh: fsdp=3 needs 3 devices, but there are 8"
+    assert run("train", config).mistake == "mesh: fsdp=3 needs 3 devices, but there are 8; nearest legal: 8"
     assert not (tmp_path / "run").exists()
 
 
@@ -217,7 +217,7 @@ def test_a_batch_that_the_mesh_does_not_divide(run, tmp_path):
     config = write_config(tmp_path, train={"batch_size": 12})
     assert run("train", config).mistake == (
         "train: a microbatch of 12 rows (batch_size 12 / accumulation 1) cannot be split over 8 devices; "
-        "make it a multiple of 8"
+        "nearest legal batch_size: 8 and 16"
     )
 
 

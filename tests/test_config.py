@@ -75,7 +75,7 @@ def test_a_missing_key_is_named(key):
     [
         ({}, "data: give either paths, for one corpus, or sources, for several, each with paths of its own"),
         ({"sources": {"code": {}}}, "data: the required key sources.code.paths is missing"),
-        ({"sources": {"code": "*.py"}}, "data.sources.code is '*.py'; it must hold keys, such as exclude"),
+        ({"sources": {"code": "*.py"}}, "data.sources.code is '*.py'; it must hold keys, such as epochs"),
         (
             {"sources": {"code": {"paths": "*.py", "text_feild": "x"}}},
             "unknown key 'data.sources.code.text_feild'; did you mean 'text_field'?",
@@ -119,7 +119,7 @@ def test_a_source_takes_what_it_lacks_from_the_keys_beside_it_and_is_written_out
         ),
         ("model", 3, "model is 3; input should be a valid dictionary, or input should be a valid string"),
         ("sample.prompts", ["a", 3], "sample.prompts.1 is 3; input should be a valid string"),
-        ("data", "x.txt", "data is 'x.txt'; it must hold keys, such as cache_dir"),
+        ("data", "x.txt", "data is 'x.txt'; it must hold keys, such as attend_across_documents"),
         ("train", None, "train is None; it must hold keys, such as accumulation"),
         ("tokenizer", "bytes", "tokenizer is 'bytes'; it must hold keys, such as bos_token"),
         ("sample.prompts", 3, "sample.prompts is 3; input should be"),
@@ -131,7 +131,7 @@ def test_a_value_that_does_not_fit_is_refused_with_its_key(key, value, message):
 
 def test_a_batch_that_accumulation_does_not_divide_is_refused():
     values = MINIMAL | {"train": {"batch_size": 6, "accumulation": 4}}
-    assert refusal(values) == "config: train: batch_size 6 is not a multiple of accumulation 4"
+    assert refusal(values) == "config: train: batch_size 6 is not a multiple of accumulation 4; nearest legal: 4 and 8"
 
 
 # -- YAML

@@ -91,3 +91,10 @@ def test_the_quickstart_learns_and_its_export_is_what_was_trained(executed):
     assert float(re.search(r"validation loss ([\d.]+)", told)[1]) < 5.5  # log(1024) = 6.93 before the first step
     assert "model.safetensors" in told
     assert "on 1 device and on 8 alike: True" in told
+
+
+def test_every_mesh_of_the_walk_through_the_axes_equals_one_device_and_its_misfits_are_refused(executed):
+    told = "\n".join(text_of(cell) for cell in code_cells(executed[FOLDER / "parallelism.ipynb"]))
+    assert told.count("equal to one device: True") == 5
+    assert "equal to one device: False" not in told
+    assert len(re.findall(r"^- ", told, re.MULTILINE)) == 6

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -21,20 +22,28 @@ from filelock import FileLock
 
 from jaxformers.data import shards
 from jaxformers.data.config import DataConfig
-from jaxformers.data.shards import DOCUMENT, Job
-from jaxformers.data.sources import BadRecord, SourceFile, find_files, name_of
+from jaxformers.data.copies import copies
+from jaxformers.data.encoding import DOCUMENT
+from jaxformers.data.shards import Job
+from jaxformers.data.sources import BadRecord, SourceFile, files_of, name_of
 from jaxformers.data.tokenizer import Tokenizer
+from jaxformers.data.workers import LocalPool, Pool, Step, usable_cores
 
 Progress = Callable[[int, int], None]  # (done, total), in bytes of source files
 
-_VERSION = 1  # of the layout on disk and of everything that decides the ids
+_VERSION = 2  # of the layout on disk and of everything that decides the ids
 _NAMES_KEPT = 100
+TOKENS, DOCUMENTS, SOURCES = "tokens.bin", "documents.bin", "sources.jsonl"
+MANIFEST, TOKENIZER = "manifest.json", "tokenizer"
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a cache holds; `bytes` counts the documents' text as UTF-8, `files` maps a name to its size and SHA-256."""
+    """What a cache holds; `bytes` counts the documents' text as UTF-8, `files` maps a name to its size and SHA-256.
+
+    Beside it, sources.jsonl says which files the documents are from, and tokenizer/ holds what made their ids.
+    """
 
     version: int
     tokenizer: str
@@ -56,7 +65,7 @@ class TokenCache:
     Attributes:
         tokens: uint16 or uint32 [tokens], memory-mapped.
         starts, lengths, sizes: int64 [documents]; where each begins, its tokens, and the bytes of its text.
-        hashes: uint64 [documents]; of each document's text.
+        hashes: uint64 [documents]; of each document's text, or of its ids where it came as ids.
     """
 
     directory: Path
@@ -79,30 +88,50 @@ def cache_root(cache_dir: Path | None = None) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxformers"
 
 
-def open_cache(config: DataConfig, tokenizer: Tokenizer, *, progress: Progress | None = None) -> TokenCache:
+def open_cache(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    progress: Progress | None = None,
+    pool: Pool | None = None,
+    thorough: bool = False,
+) -> TokenCache:
     """The tokenized corpus of a config, built first where there is none yet or where its files are damaged.
 
-    Processes that open the same corpus wait for the one that builds it; `progress` is called only there.
+    Processes that open the same corpus wait for the one that builds it; `progress` is called only there. `pool` is who
+    tokenizes, by default `config.workers` processes of this machine; it has no part in what comes out. `thorough` is
+    whether to read the ids, too, to see that they have not changed.
 
     Raises:
         ValueError: no such files, no document in them, a record that `on_bad_text: error` refuses, a tokenizer with no
             end-of-text token, a cache folder that cannot be written.
     """
-    if tokenizer.eos_id is None:
-        known = ", ".join(tokenizer.special_tokens) or "none"
-        raise ValueError(f"the tokenizer names no end-of-text token: set tokenizer.eos_token to one of: {known}")
-    files = find_files(config.paths, config.exclude)
-    directory = cache_root(config.cache_dir) / "corpora" / content_key(files, tokenizer.fingerprint, *_settings(config))
-    if _damage(directory) is not None:
+    files = files_of(config)
+    directory = locate_cache(config, tokenizer, files)
+    if damage_of(directory, thorough=thorough) is not None:
         with writing_to(directory.parent), FileLock(directory.with_suffix(".lock")):
-            damage = _damage(directory)  # another process may have built it while this one waited
+            damage = damage_of(directory, thorough=thorough)  # another process may have built it while this one waited
             if damage is not None:
                 _report_damage(directory, damage)
-                _build(directory, files, config, tokenizer, progress)
-    cache = _map(directory)
+                pool = pool or LocalPool(config.workers or usable_cores())
+                _build(directory, files, config, tokenizer, progress, pool)
+    cache = map_cache(directory)
     if config.on_bad_text == "error" and cache.manifest.skipped:
         raise ValueError(cache.manifest.skipped_names[0])
     return cache
+
+
+def locate_cache(config: DataConfig, tokenizer: Tokenizer, files: Sequence[SourceFile] | None = None) -> Path:
+    """Where the tokenized corpus of a config is, or would be; its name tells it from any other.
+
+    Raises:
+        ValueError: no such files, a tokenizer with no end-of-text token.
+    """
+    if tokenizer.eos_id is None:
+        known = ", ".join(tokenizer.special_tokens) or "none"
+        raise ValueError(f"the tokenizer names no end-of-text token: set tokenizer.eos_token to one of: {known}")
+    files = files_of(config) if files is None else files
+    return cache_root(config.cache_dir) / "corpora" / content_key(files, tokenizer.fingerprint, *_settings(config))
 
 
 def content_key(files: Sequence[SourceFile], *settings: object) -> str:
@@ -124,7 +153,7 @@ def writing_to(directory: Path) -> Iterator[None]:
 
 
 def _settings(config: DataConfig) -> tuple[object, ...]:
-    return (config.text_field, config.parse_special_tokens)
+    return (config.text_field, config.tokens_field, config.parse_special_tokens)
 
 
 def _report_damage(directory: Path, damage: str) -> None:
@@ -132,34 +161,43 @@ def _report_damage(directory: Path, damage: str) -> None:
         _log.warning("token cache %s is damaged (%s): building it again", directory, damage)
 
 
-def _damage(directory: Path) -> str | None:
-    """What is wrong with a cache on disk, or None. The ids are checked by size only: reading them all takes long."""
+def _report_copies(files: Sequence[SourceFile]) -> None:
+    same = copies(files)
+    if same:
+        more = f", and {len(same) - 1} more such sets" if len(same) > 1 else ""
+        _log.warning("equal content under several names is learnt from as often: %s%s", " = ".join(same[0]), more)
+
+
+def damage_of(directory: Path, *, thorough: bool = False) -> str | None:
+    """What is wrong with a cache on disk, or None. The ids are checked by their size; by their checksum, which takes
+    long, only where `thorough`."""
     try:
-        manifest = _read_manifest(directory)
-        for name, (size, digest) in manifest.files.items():
+        for name, (size, digest) in read_manifest(directory).files.items():
             if (directory / name).stat().st_size != size:
                 return f"{name} has {(directory / name).stat().st_size} bytes, not {size}"
-            if name != "tokens.bin" and shards.sha256_of(directory / name) != digest:
+            if (thorough or name != TOKENS) and shards.sha256_of(directory / name) != digest:
                 return f"{name} has changed"
     except OSError as error:
         missing = isinstance(error, FileNotFoundError)
         return f"{Path(error.filename).name} {'is missing' if missing else 'cannot be read'}"
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, AttributeError):
         return "manifest.json cannot be read"
     return None
 
 
-def _read_manifest(directory: Path) -> Manifest:
-    values = json.loads((directory / "manifest.json").read_bytes())
+def read_manifest(directory: Path) -> Manifest:
+    """What a cache says of itself."""
+    values = json.loads((directory / MANIFEST).read_bytes())
     files = {name: tuple(entry) for name, entry in values.pop("files").items()}
     return Manifest(files=files, skipped_names=tuple(values.pop("skipped_names")), **values)
 
 
-def _map(directory: Path) -> TokenCache:
-    manifest = _read_manifest(directory)
+def map_cache(directory: Path) -> TokenCache:
+    """The cache in a directory, which must be whole."""
+    manifest = read_manifest(directory)
     # A plain view of the mapping: slicing np.memmap itself costs a Python call every time.
-    tokens = np.asarray(np.memmap(directory / "tokens.bin", manifest.token_dtype, mode="r"))
-    facts = np.fromfile(directory / "documents.bin", DOCUMENT)
+    tokens = np.asarray(np.memmap(directory / TOKENS, manifest.token_dtype, mode="r"))
+    facts = np.fromfile(directory / DOCUMENTS, DOCUMENT)
     lengths = np.ascontiguousarray(facts["length"])
     return TokenCache(
         directory=directory,
@@ -173,23 +211,30 @@ def _map(directory: Path) -> TokenCache:
 
 
 def _build(
-    directory: Path, files: Sequence[SourceFile], config: DataConfig, tokenizer: Tokenizer, progress: Progress | None
+    directory: Path,
+    files: Sequence[SourceFile],
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    progress: Progress | None,
+    pool: Pool,
 ) -> None:
     """Shards first, each kept as soon as it is finished; then one file of all; then the final name."""
+    _report_copies(files)
     partial = directory.with_suffix(".partial")
     partial.mkdir(exist_ok=True)
     job = Job(
         shards=shards.plan_shards(files),
         text_field=config.text_field,
+        tokens_field=config.tokens_field,
         parse_special_tokens=config.parse_special_tokens,
         token_dtype="uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32",
     )
     job.save(partial)
-    _write_shards(partial, job, files, config, tokenizer, progress)
+    _write_shards(partial, job, files, config, tokenizer, progress, pool)
     merged = partial / "merged"
     shutil.rmtree(merged, ignore_errors=True)
     merged.mkdir()
-    manifest = _merge(partial, merged, job, tokenizer, len(files))
+    manifest = _merge(partial, merged, job, tokenizer, files)
     if not manifest.documents:
         counted = f"{manifest.skipped} skipped, {manifest.empty} empty"
         raise ValueError(f"no document in {', '.join(map(repr, config.paths))}: {counted}")
@@ -206,48 +251,66 @@ def _write_shards(
     config: DataConfig,
     tokenizer: Tokenizer,
     progress: Progress | None,
+    pool: Pool,
 ) -> None:
-    total = sum(file.size for file in files)
-    finished = 0
+    done = _Done(job, files, progress)
 
-    def done(index: int) -> None:
-        nonlocal finished
-        finished += 1
-        if progress is not None:
-            progress(total * finished // len(job.shards), total)
-        if config.on_bad_text == "error":
-            _refuse_bad_text(partial, index)
+    def stepped(step: Step) -> None:
+        done.advance(step)
+        if step.finished and config.on_bad_text == "error":
+            _refuse_bad_text(partial, step.shard)
 
     missing = []
     for index in range(len(job.shards)):
         if shards.read_shard(partial, index) is None:
             missing.append(index)
         else:
-            done(index)
-    shards.write_shards(partial, missing, workers=config.workers or _usable_cores(), tokenizer=tokenizer, done=done)
+            stepped(Step(index, finished=True))
+    pool.run(partial, missing, tokenizer, stepped)
 
 
-def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+class _Done:
+    """How many bytes of the source files are behind us. Inside a shard it is a guess, from the text seen of it."""
+
+    def __init__(self, job: Job, files: Sequence[SourceFile], progress: Progress | None):
+        sizes = {file.path: file.size for file in files}
+        left = Counter(piece.path for shard in job.shards for piece in shard)
+        self._sizes = []
+        for shard in job.shards:
+            self._sizes.append(0)
+            for piece in shard:
+                share = sizes[piece.path] // left[piece.path]  # the pieces of a file are about equal
+                sizes[piece.path] -= share
+                left[piece.path] -= 1
+                self._sizes[-1] += share
+        self._done = [0] * len(job.shards)
+        self._sum, self._total = 0, sum(self._sizes)
+        self._progress = progress
+
+    def advance(self, step: Step) -> None:
+        size, before = self._sizes[step.shard], self._done[step.shard]
+        self._done[step.shard] = size if step.finished else min(before + step.size, size)
+        self._sum += self._done[step.shard] - before
+        if self._progress is not None:
+            self._progress(self._sum, self._total)
 
 
 def _refuse_bad_text(partial: Path, index: int) -> None:
-    shard = shards.read_shard(partial, index)
-    assert shard is not None
-    if shard.named:
-        raise ValueError(name_of(shard.named[0]))
+    named = shards.read_facts(partial, index).named
+    if named:
+        raise ValueError(name_of(named[0]))
 
 
-def _merge(partial: Path, merged: Path, job: Job, tokenizer: Tokenizer, source_files: int) -> Manifest:
+def _merge(partial: Path, merged: Path, job: Job, tokenizer: Tokenizer, sources: Sequence[SourceFile]) -> Manifest:
     """Joins the shards in order, which makes the bytes independent of who wrote them and when."""
-    made = [shards.read_shard(partial, index) for index in range(len(job.shards))]
-    assert all(shard is not None for shard in made)
     numbers = range(len(job.shards))
-    _join([shards.tokens_file(partial, index) for index in numbers], merged / "tokens.bin")
-    _join([shards.documents_file(partial, index) for index in numbers], merged / "documents.bin")
-    facts = np.fromfile(merged / "documents.bin", DOCUMENT)
+    made = [shards.read_facts(partial, index) for index in numbers]
+    digest = _join([shards.tokens_file(partial, index) for index in numbers], merged / TOKENS)
+    _join([shards.documents_file(partial, index) for index in numbers], merged / DOCUMENTS)
+    lines = "".join(json.dumps(asdict(source)) + "\n" for source in sources)
+    shards.write_atomically(merged / SOURCES, lines.encode())
+    tokenizer.save(merged / TOKENIZER)
+    facts = np.fromfile(merged / DOCUMENTS, DOCUMENT)
     named: list[BadRecord] = [record for shard in made for record in shard.named]
     manifest = Manifest(
         version=_VERSION,
@@ -256,23 +319,35 @@ def _merge(partial: Path, merged: Path, job: Job, tokenizer: Tokenizer, source_f
         documents=len(facts),
         tokens=int(facts["length"].sum()),
         bytes=int(facts["bytes"].sum()),
-        source_files=source_files,
+        source_files=len(sources),
         empty=sum(shard.empty for shard in made),
         skipped=sum(shard.bad for shard in made),
         skipped_names=tuple(map(name_of, named[:_NAMES_KEPT])),
-        files={path.name: (path.stat().st_size, shards.sha256_of(path)) for path in sorted(merged.iterdir())},
+        files={
+            path.relative_to(merged).as_posix(): (
+                path.stat().st_size,
+                digest if path == merged / TOKENS else shards.sha256_of(path),
+            )
+            for path in sorted(merged.rglob("*"))
+            if path.is_file()
+        },
     )
-    shards.write_atomically(merged / "manifest.json", json.dumps(asdict(manifest), indent=2).encode())
+    shards.write_atomically(merged / MANIFEST, json.dumps(asdict(manifest), indent=2).encode())
     return manifest
 
 
-def _join(parts: Sequence[Path], whole: Path) -> None:
+def _join(parts: Sequence[Path], whole: Path) -> str:
+    """Writes the parts one after the other; the SHA-256 of them all."""
+    digest = hashlib.sha256()
     with open(whole, "wb") as out:
         for part in parts:
             with open(part, "rb") as piece:
-                shutil.copyfileobj(piece, out, 1 << 20)
+                while block := piece.read(1 << 20):
+                    out.write(block)
+                    digest.update(block)
         out.flush()
         os.fsync(out.fileno())
+    return digest.hexdigest()
 
 
 def _sync_directory(directory: Path) -> None:

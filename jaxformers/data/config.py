@@ -1,5 +1,6 @@
 """What a config file may say about tokenizers and data. Knows no file, no array and no other package's settings."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -63,6 +64,27 @@ class TokenizerConfig(BaseModel):
         return self
 
 
+class FimConfig(BaseModel):
+    """Fill-in-the-middle (arXiv:2207.14255): documents to learn from as prefix, suffix, middle, between sentinels."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rate: float = Field(0.0, ge=0, le=1, description="Share of documents that are rearranged; their text decides.")
+    spm_rate: float = Field(
+        0.5, ge=0, le=1, description="Share of those whose suffix comes first, prefix and middle then in one."
+    )
+    prefix: str | None = Field(None, description="The sentinel before the prefix; null: a usual one, if there is one.")
+    middle: str | None = Field(None, description="The sentinel before the middle.")
+    suffix: str | None = Field(None, description="The sentinel before the suffix.")
+
+    @model_validator(mode="after")
+    def _all_sentinels_or_none(self) -> Self:
+        named = [name for name in ("prefix", "middle", "suffix") if getattr(self, name) is not None]
+        if 0 < len(named) < 3:
+            raise ValueError(f"fim names a sentinel for {' and '.join(named)} only; name prefix, middle and suffix")
+        return self
+
+
 class SourceConfig(BaseModel):
     """Which files to learn from and how to read documents out of them."""
 
@@ -70,18 +92,33 @@ class SourceConfig(BaseModel):
 
     paths: Strings = Field(
         (),
-        description="Globs of files; `**` crosses folders, {stdlib} is the running Python's standard library. "
-        ".jsonl, .jsonl.gz and .jsonl.zst hold a document a line, any other file is one document.",
+        description="Globs of files; `**` crosses folders, {stdlib} is the running Python's standard library, a URL "
+        "such as s3:// or hf:// is read through fsspec. format huggingface: folders of save_to_disk, or names on the "
+        "hub; format python: package.module:function.",
+    )
+    format: Literal[
+        "auto", "text", "jsonl", "csv", "parquet", "arrow", "arrayrecord", "megatron", "huggingface", "python"
+    ] = Field(
+        "auto",
+        description="How documents lie in the files; auto: as a file's name says (.jsonl, .csv, .tsv, .parquet, "
+        ".arrow, .feather, .arrayrecord, .bin with .idx, a folder of save_to_disk); any other file is one document.",
     )
     exclude: Strings = Field(
         ("*/site-packages/*", "*/dist-packages/*", "*/__pycache__/*"),
         description="Globs of files to leave out, matched against the whole path; here `*` crosses folders.",
     )
-    text_field: str = Field("text", description="The field of a .jsonl record that holds the text.")
+    text_field: str = Field("text", description="The field or column of a record that holds the text.")
+    tokens_field: str | None = Field(
+        None,
+        description="The field or column that holds ready ids, such as input_ids, instead of text; for ArrayRecord the "
+        "type of the ids in its records: uint16, uint32, int32 or int64.",
+    )
+    subset: str | None = Field(None, description="Hugging Face names: the dataset's configuration, if it has several.")
+    split: str | None = Field(None, description="Hugging Face datasets: the split to read, if there are several.")
     on_bad_text: Literal["skip", "error"] = Field(
         "skip",
-        description="Text that is not UTF-8, lines that are not JSON or lack the field: "
-        "skip (counted and named in the report) or error.",
+        description="Records that are no document (not UTF-8, not JSON, without the field, null, ids that the "
+        "tokenizer does not have): skip (counted and named in the report) or error.",
     )
     parse_special_tokens: bool = Field(
         False, description="Whether a special token spelled out in a document counts as that token or as plain text."
@@ -89,6 +126,35 @@ class SourceConfig(BaseModel):
     validation_fraction: float = Field(
         0.01, ge=0, lt=1, description="Share of documents held out; a document's content alone decides its side."
     )
+    test_fraction: float = Field(
+        0.0, ge=0, lt=1, description="Share of documents that no run learns from or validates on, decided likewise."
+    )
+    weight: float = Field(
+        1.0, ge=0, allow_inf_nan=False, description="The source's share of a mixture, relative to other weights."
+    )
+    epochs: int | None = Field(None, gt=0, description="Passes over the source; null: as many as the run asks for.")
+    fim: FimConfig = Field(FimConfig(), description="Fill-in-the-middle, of what is learned from only.")
+
+    @model_validator(mode="after")
+    def _leave_something_to_learn_from(self) -> Self:
+        if self.validation_fraction + self.test_fraction >= 1:
+            raise ValueError(
+                f"validation_fraction {self.validation_fraction} and test_fraction {self.test_fraction} leave nothing "
+                "to learn from; their sum must be below 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _refuse_keys_of_another_format(self) -> Self:
+        readers = {
+            "tokens_field": ("auto", "jsonl", "csv", "parquet", "arrow", "arrayrecord", "huggingface", "python"),
+            "subset": ("auto", "huggingface"),
+            "split": ("auto", "huggingface"),
+        }
+        for key, formats in readers.items():
+            if getattr(self, key) is not None and self.format not in formats:
+                raise ValueError(f"{key} is for format {', '.join(formats[1:])}, but format is {self.format}")
+        return self
 
 
 class DataConfig(SourceConfig):
@@ -98,14 +164,33 @@ class DataConfig(SourceConfig):
         {}, description="Several corpora by name, each with the keys of one; a key that one lacks is taken from here."
     )
     sequence_length: int = Field(1024, gt=0, description="Tokens in a row.")
-    packing: Literal["first_fit", "concat"] = Field(
+    weights_by: Literal["tokens", "documents", "rows"] = Field(
+        "tokens", description="What the weights of sources are shares of."
+    )
+    weights_at_step: dict[int, dict[str, float]] = Field(
+        {},
+        description="New weights from given steps on, by source; one that is not named keeps its weight. A step stands "
+        "for the row that it begins with if all steps have had the batch sizes of `train`.",
+    )
+    weights_at_token: dict[int, dict[str, float]] = Field(
+        {}, description="The same by tokens (rows times sequence_length), which no change of batch size moves."
+    )
+    when_exhausted: Literal["repeat", "stop", "drop"] = Field(
+        "repeat",
+        description="When a source of a mixture has had its epochs: repeat it until all have had theirs; stop there; "
+        "or drop it and go on with the others.",
+    )
+    packing: Literal["first_fit", "best_fit", "concat", "none"] = Field(
         "first_fit",
-        description="first_fit: only documents longer than a row are cut; concat: fill rows and cut wherever one ends.",
+        description="first_fit, best_fit: only documents longer than a row are cut, and share rows; none: they share "
+        "none; concat: fill rows and cut wherever one ends.",
     )
     packing_window: int = Field(1024, gt=0, le=65536, description="Documents that are packed together.")
+    attend_across_documents: bool = Field(False, description="Whether documents see those before them in their row.")
+    reset_positions: bool = Field(True, description="Count positions from 0 in each document, or through the row.")
+    end_of_text_loss: bool = Field(True, description="Whether the end-of-text token is learned.")
     seed: int = Field(0, ge=0, lt=2**63, description="Decides the order of documents and rows, and nothing else.")
     shuffle: bool = Field(True, description="Shuffle documents, and rows anew every epoch; false keeps file order.")
-    epochs: int | None = Field(None, gt=0, description="Passes over the data; none: as many as the run asks for.")
     cache_dir: Path | None = Field(
         None, description="Where tokenized data is kept; none: $JAXFORMERS_CACHE, or else the user's cache folder."
     )
@@ -118,7 +203,7 @@ class DataConfig(SourceConfig):
         if not isinstance(sources, dict) or not all(isinstance(source, dict) for source in sources.values()):
             return values  # what is wrong with them is said where they are read
         shared = {key: value for key, value in values.items() if key in SourceConfig.model_fields and key != "paths"}
-        return values | {"sources": {name: shared | source for name, source in sources.items()}}
+        return values | {"sources": {name: _merged(shared, source) for name, source in sources.items()}}
 
     @model_validator(mode="after")
     def _one_corpus_or_several(self) -> Self:
@@ -129,9 +214,67 @@ class DataConfig(SourceConfig):
                 raise ValueError(f"the required key sources.{name}.paths is missing")
         return self
 
+    @model_validator(mode="after")
+    def _documents_that_see_each_other_have_an_order(self) -> Self:
+        if self.attend_across_documents and self.reset_positions:
+            raise ValueError(
+                "attend_across_documents needs reset_positions=false: positions tell what comes before what in a row"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _weights_that_can_be_drawn(self) -> Self:
+        if self.weights_at_step and self.weights_at_token:
+            raise ValueError("give weights_at_step or weights_at_token, not both")
+        key = "weights_at_step" if self.weights_at_step else "weights_at_token"
+        for mark, weights in getattr(self, key).items():
+            if mark < 1:
+                raise ValueError(f"{key} has {mark}; marks are at least 1, weights from the start are the sources' own")
+            for name, weight in weights.items():
+                if name not in self.sources:
+                    known = ", ".join(self.sources) or "none"
+                    raise ValueError(f"{key}.{mark} names the source {name!r}; sources are: {known}")
+                if not 0 <= weight < math.inf:
+                    raise ValueError(f"{key}.{mark}.{name} is {weight}; a weight is a finite number, at least 0")
+        for mark, weights in self.weights_from.items():
+            if self.sources and not any(weights.values()):
+                raise ValueError(f"all sources have weight 0 from {f'{key} {mark}' if mark else 'the start'} on")
+        for name in self.sources:
+            if not any(weights[name] for weights in self.weights_from.values()):
+                raise ValueError(f"sources.{name}.weight is 0 and {key} never raises it: leave the source out")
+        return self
+
+    @model_validator(mode="after")
+    def _a_source_that_ends(self) -> Self:
+        endless = all(source.epochs is None for source in self.sources.values())
+        if self.sources and endless and self.when_exhausted != "repeat":
+            raise ValueError(f"when_exhausted is {self.when_exhausted}, but no source has epochs, so none ever ends")
+        return self
+
+    @property
+    def weights_from(self) -> dict[int, dict[str, float]]:
+        """Every source's weight from each mark (a step or a token, as the config says) on, the first mark being 0."""
+        weights = {name: source.weight for name, source in self.sources.items()}
+        changes = sorted((self.weights_at_step or self.weights_at_token).items())
+        found = {0: weights}
+        for mark, change in changes:
+            found[mark] = weights = weights | change
+        return found
+
     def by_source(self) -> dict[str, Self]:
         """Each corpus by name as a config of its own; a single one has the name ""."""
         if not self.sources:
             return {"": self}
         shared = {key: getattr(self, key) for key in type(self).model_fields.keys() - SourceConfig.model_fields.keys()}
-        return {name: type(self)(**shared | dict(source) | {"sources": {}}) for name, source in self.sources.items()}
+        shared |= {"sources": {}, "weights_at_step": {}, "weights_at_token": {}}
+        return {name: type(self)(**shared | dict(source)) for name, source in self.sources.items()}
+
+
+def _merged(shared: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """A source's keys over the shared ones, also inside of a section that both have."""
+    sections = {
+        key: shared[key] | value
+        for key, value in own.items()
+        if isinstance(value, dict) and isinstance(shared.get(key), dict)
+    }
+    return shared | own | sections

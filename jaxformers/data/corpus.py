@@ -1,22 +1,24 @@
-"""From a config to rows: opens the token cache, holds documents out for validation, and says what it found.
+"""From a config to rows: opens token caches, holds documents out, mixes sources, and says what it found.
 
 Also gets the tokenizer a config asks for, training one where there is none. Knows no batch, process or device.
 """
 
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
 
 from jaxformers.data.cache import Progress, TokenCache, cache_root, content_key, open_cache, writing_to
 from jaxformers.data.config import DataConfig, TokenizerConfig
+from jaxformers.data.fim import make_fim
+from jaxformers.data.mixture import MixedRows
 from jaxformers.data.packing import permutation
-from jaxformers.data.rows import PackedRows
+from jaxformers.data.rows import JoinedRows, PackedRows
 from jaxformers.data.shards import plan_shards
-from jaxformers.data.sources import BadRecord, SourceFile, find_files, read
+from jaxformers.data.sources import Document, SourceFile, files_of, read
 from jaxformers.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_tokenizer
 
 
@@ -31,8 +33,10 @@ class CorpusReport:
     files: int
     train_documents: int
     validation_documents: int
+    test_documents: int
     train_tokens: int
     validation_tokens: int
+    test_tokens: int
     bytes: int
     empty: int
     skipped: int
@@ -44,63 +48,147 @@ class CorpusReport:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Rows to learn from, rows to validate on, and what is known of them.
+    """Rows to learn from, rows to validate on, rows that no run sees, and what is known of them.
 
     `bytes_per_token` is of the validation documents where there are any: bits per byte is
-    loss in nats / ln 2 / bytes_per_token.
+    loss in nats / ln 2 / bytes_per_token. `sources` are a mixture's, each by itself; one corpus has none.
     """
 
-    train: PackedRows
-    validation: PackedRows
+    train: PackedRows | MixedRows
+    validation: PackedRows | JoinedRows
+    test: PackedRows | JoinedRows
     report: CorpusReport
     bytes_per_token: float
+    sources: Mapping[str, "Corpus"] = field(default_factory=dict)
 
 
-def open_corpus(config: DataConfig, tokenizer: Tokenizer, *, progress: Progress | None = None) -> Corpus:
-    """The corpus of a config, tokenized first where that has not been done: `progress(done, total)` counts bytes.
+def open_corpus(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    progress: Progress | None = None,
+    rows_before: Callable[[int], int] | None = None,
+) -> Corpus:
+    """The corpus of a config, tokenized first where that has not been done: `progress(done, total)` counts bytes of a
+    source. `rows_before(step)` says how many rows a run reads before a step; `weights_at_step` needs it.
 
     Raises:
         ValueError: whatever is wrong with the files, the tokenizer or the cache folder, in one line.
     """
+    if not config.sources:
+        return _open_source(config, tokenizer, progress)
+    sources = {}
+    for name, own in config.by_source().items():
+        try:
+            sources[name] = _open_source(own, tokenizer, progress)
+        except ValueError as error:
+            raise ValueError(f"data.sources.{name}: {error}") from error
+    return _mix(config, sources, rows_before)
+
+
+def _open_source(config: DataConfig, tokenizer: Tokenizer, progress: Progress | None) -> Corpus:
+    fim = make_fim(config.fim, tokenizer, seed=config.seed)
     cache = open_cache(config, tokenizer, progress=progress)
-    held_out = split(cache.hashes, config.validation_fraction)
-    train_documents, validation_documents = np.flatnonzero(~held_out), np.flatnonzero(held_out)
-    train = PackedRows(cache, train_documents, config, epochs=config.epochs)
+    sides = split_documents(cache.hashes, validation=config.validation_fraction, test=config.test_fraction)
     in_order = config.model_copy(update={"shuffle": False})
-    validation = PackedRows(cache, validation_documents, in_order, epochs=1)
-    measured = validation_documents if len(validation_documents) else train_documents
+    train = PackedRows(cache, sides.train, config, epochs=config.epochs, fim=fim)
+    validation = PackedRows(cache, sides.validation, in_order, epochs=1)
+    test = PackedRows(cache, sides.test, in_order, epochs=1)
+    measured = sides.validation if len(sides.validation) else sides.train
     return Corpus(
         train=train,
         validation=validation,
-        report=_report(cache, train, validation, held_out),
+        test=test,
+        report=_report(cache, sides, train, validation),
         bytes_per_token=float(cache.sizes[measured].sum() / cache.lengths[measured].sum()),
     )
+
+
+def _mix(config: DataConfig, sources: Mapping[str, Corpus], rows_before: Callable[[int], int] | None) -> Corpus:
+    weights = config.weights_from
+    if config.weights_at_token:
+        weights = {-(-mark // config.sequence_length): named for mark, named in weights.items()}
+    elif config.weights_at_step:
+        if rows_before is None:
+            raise ValueError("data.weights_at_step counts steps of a run, and there is none here: use weights_at_token")
+        weights = {rows_before(mark): named for mark, named in weights.items()}
+    train = MixedRows(
+        {name: corpus.train for name, corpus in sources.items()},
+        weights,
+        weights_by=config.weights_by,
+        when_exhausted=config.when_exhausted,
+        seed=config.seed,
+    )
+    validation = JoinedRows([corpus.validation for corpus in sources.values()])
+    reports = [corpus.report for corpus in sources.values()]
+    tokens = [report.validation_tokens or report.train_tokens for report in reports]
+    texts = [corpus.bytes_per_token * count for corpus, count in zip(sources.values(), tokens, strict=True)]
+    return Corpus(
+        train=train,
+        validation=validation,
+        test=JoinedRows([corpus.test for corpus in sources.values()]),
+        report=_sum_of(reports, train.efficiency, validation.efficiency),
+        bytes_per_token=sum(texts) / sum(tokens),
+        sources=sources,
+    )
+
+
+def _sum_of(reports: Sequence[CorpusReport], train_efficiency: float, validation_efficiency: float) -> CorpusReport:
+    counted = [f.name for f in fields(CorpusReport) if f.type is int]
+    return CorpusReport(
+        **{name: sum(getattr(report, name) for report in reports) for name in counted},
+        skipped_names=tuple(name for report in reports for name in report.skipped_names),
+        train_efficiency=train_efficiency,
+        validation_efficiency=validation_efficiency,
+        cache=reports[0].cache.parent,
+    )
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Which documents are for what: int64 arrays of numbers, in order."""
+
+    train: np.ndarray
+    validation: np.ndarray
+    test: np.ndarray
+
+
+def split_documents(hashes: np.ndarray, *, validation: float, test: float) -> Sides:
+    """The sides of documents by their hashes (uint64): low ones validate, high ones test, so neither share moves the
+    other. Some document is always left to train on, if there is any."""
+    validates = split(hashes, validation)
+    rest = np.flatnonzero(~validates)
+    tests = split(~hashes[rest], test)
+    return Sides(rest[~tests], np.flatnonzero(validates), rest[tests])
 
 
 def split(hashes: np.ndarray, fraction: float) -> np.ndarray:
     """bool [documents]: which are held out. A document's hash (uint64) alone decides, so copies stay together and
     adding documents moves none.
 
-    Where the hashes leave a side empty that should have something, the document nearest to it changes sides.
+    Where the hashes leave a side empty that should have something, the document nearest to it changes sides, with its
+    copies. Where all are copies of one, none is held out.
     """
     held_out = hashes < np.uint64(int(fraction * 2**64))
-    if fraction > 0 and len(hashes) > 1:
+    if fraction > 0 and len(hashes):
         if not held_out.any():
-            held_out[np.argmin(hashes)] = True
-        elif held_out.all():
-            held_out[np.argmax(hashes)] = False
+            held_out = hashes == hashes.min()
+        if held_out.all():
+            held_out = hashes != hashes.max()
     return held_out
 
 
-def _report(cache: TokenCache, train: PackedRows, validation: PackedRows, held_out: np.ndarray) -> CorpusReport:
+def _report(cache: TokenCache, sides: Sides, train: PackedRows, validation: PackedRows) -> CorpusReport:
     manifest = cache.manifest
-    validation_tokens = int(cache.lengths[held_out].sum())
+    tokens = {side: int(cache.lengths[getattr(sides, side)].sum()) for side in ("train", "validation", "test")}
     return CorpusReport(
         files=manifest.source_files,
-        train_documents=int((~held_out).sum()),
-        validation_documents=int(held_out.sum()),
-        train_tokens=manifest.tokens - validation_tokens,
-        validation_tokens=validation_tokens,
+        train_documents=len(sides.train),
+        validation_documents=len(sides.validation),
+        test_documents=len(sides.test),
+        train_tokens=tokens["train"],
+        validation_tokens=tokens["validation"],
+        test_tokens=tokens["test"],
         bytes=manifest.bytes,
         empty=manifest.empty,
         skipped=manifest.skipped,
@@ -123,18 +211,23 @@ def build_tokenizer(config: TokenizerConfig, data: DataConfig) -> Tokenizer:
         assert config.path is not None
         path = Path(config.path).expanduser()
         return load_tokenizer(path, bos_token=config.bos_token, eos_token=config.eos_token, pad_token=config.pad_token)
-    files = find_files(data.paths, data.exclude)
-    key = content_key(files, data.text_field, config.model_dump(mode="json"))
+    corpora = [(own, files_of(own)) for own in data.by_source().values()]
+    if any(own.tokens_field is not None for own, _ in corpora):
+        raise ValueError("data.tokens_field names ready ids: set tokenizer.kind to file, and path to what made them")
+    every = [file for _, files in corpora for file in files]
+    key = content_key(every, *(own.text_field for own, _ in corpora), config.model_dump(mode="json"))
     directory = cache_root(data.cache_dir) / "tokenizers" / key
     if not directory.is_dir():
         with writing_to(directory.parent):
-            _train_into(directory, config, data, files)
+            _train_into(directory, config, corpora)
     return load_tokenizer(directory)
 
 
-def _train_into(directory: Path, config: TokenizerConfig, data: DataConfig, files: Sequence[SourceFile]) -> None:
+def _train_into(
+    directory: Path, config: TokenizerConfig, corpora: Sequence[tuple[DataConfig, Sequence[SourceFile]]]
+) -> None:
     tokenizer = train_tokenizer(
-        _sample(files, data, config.max_bytes),
+        _sample(corpora, config.max_bytes),
         vocab_size=config.vocab_size,
         min_frequency=config.min_frequency,
         special_tokens=config.special_tokens,
@@ -149,17 +242,19 @@ def _train_into(directory: Path, config: TokenizerConfig, data: DataConfig, file
                 raise
 
 
-def _sample(files: Sequence[SourceFile], data: DataConfig, max_bytes: int) -> Iterator[str]:
-    """Texts from all over the corpus, in an order that does not favour the first files, up to `max_bytes` of text."""
-    pieces = [piece for shard in plan_shards(files) for piece in shard]
+def _sample(corpora: Sequence[tuple[DataConfig, Sequence[SourceFile]]], max_bytes: int) -> Iterator[str]:
+    """Texts from all over the corpora, in an order that does not favour the first files, up to `max_bytes` of text."""
+    pieces = [(own, piece) for own, files in corpora for shard in plan_shards(files) for piece in shard]
     left = max_bytes
     for number in permutation(len(pieces)):
-        for record in read(pieces[number], text_field=data.text_field):
-            if isinstance(record, BadRecord) or not record.text.strip():
+        own, piece = pieces[number]
+        for record in read(piece, text_field=own.text_field):
+            if not isinstance(record, Document) or not record.text.strip():
                 continue
             yield record.text
             left -= len(record.text.encode())
             if left <= 0:
                 return
     if left == max_bytes:
-        raise ValueError(f"no text to train a tokenizer on in {', '.join(map(repr, data.paths))}")
+        paths = [path for own, _ in corpora for path in own.paths]
+        raise ValueError(f"no text to train a tokenizer on in {', '.join(map(repr, paths))}")

@@ -9,11 +9,15 @@ Knows no text, no file and no batch.
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
+Packing = Literal["first_fit", "best_fit", "concat", "none"]
+
+GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio, made odd: its multiples spread evenly over 64 bits
 _WINDOWS_AT_ONCE = 1 << 22  # bound, in cells, on the table of free room that first-fit keeps for many windows
 
 
@@ -37,9 +41,11 @@ class _Window:
 class PackingPlan:
     """Rows of `sequence_length` tokens out of documents of the given lengths (int [documents], each at least 1).
 
-    Every token lies in exactly one row of each epoch. `first_fit` cuts only documents longer than a row (into full rows
-    and a rest) and puts each rest into the first row of its window with room for it; `concat` lays a window's documents
-    end to end and cuts at every row's end.
+    Every token lies in exactly one row of each epoch. `concat` lays a window's documents end to end and cuts at every
+    row's end. The others cut only documents longer than a row, into full rows and a rest: `first_fit` puts each rest
+    into the first row of its window with room for it, `best_fit` the longest rest first into the row with the least
+    room for it (best-fit decreasing, arXiv:2404.10830), and `none` into a row of its own. In a row, documents keep the
+    order that they have in their window.
     """
 
     def __init__(
@@ -47,7 +53,7 @@ class PackingPlan:
         lengths: np.ndarray,
         *,
         sequence_length: int,
-        packing: Literal["first_fit", "concat"],
+        packing: Packing,
         window: int,
         seed: int,
         shuffle: bool,
@@ -111,24 +117,24 @@ class PackingPlan:
         if self._packing == "concat":
             return -(-lengths.sum(axis=1) // self.sequence_length)
         full, rest = np.divmod(lengths, self.sequence_length)
-        return full.sum(axis=1) + first_fit(rest, self.sequence_length).max(axis=1) + 1
+        return full.sum(axis=1) + _FITS[self._packing](rest, self.sequence_length).max(axis=1) + 1
 
     def _plan_window(self, number: int) -> _Window:
         documents = self._order[number * self._size : (number + 1) * self._size]
         lengths = self._lengths[documents]
-        plan = self._concatenated if self._packing == "concat" else self._first_fitted
+        plan = self._concatenated if self._packing == "concat" else self._fitted
         row, local, start, length = plan(lengths)
         bounds = np.searchsorted(row, np.arange(self._counts[number] + 1))
         return _Window(Pieces(documents[local], start, length), bounds)
 
-    def _first_fitted(self, lengths: np.ndarray) -> tuple[np.ndarray, ...]:
+    def _fitted(self, lengths: np.ndarray) -> tuple[np.ndarray, ...]:
         """(row, index of the document, start, length) of every piece, by row: the full rows first, then the mixed."""
         capacity = self.sequence_length
         full, rest = np.divmod(lengths, capacity)
         cut = np.repeat(np.arange(len(lengths)), full)
         cut_start = (np.arange(len(cut)) - np.repeat(np.cumsum(full) - full, full)) * capacity
         mixed = np.flatnonzero(rest)
-        mixed_row = len(cut) + first_fit(rest[None, :], capacity)[0, mixed]
+        mixed_row = len(cut) + _FITS[self._packing](rest[None, :], capacity)[0, mixed]
         by_row = np.argsort(mixed_row, kind="stable")
         mixed, mixed_row = mixed[by_row], mixed_row[by_row]
         return (
@@ -172,6 +178,41 @@ def first_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
     return rows
 
 
+def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
+    """The row of each item when the longest comes first and each takes the row of its window with the least room for
+    it, the first of equals. Arguments and result as of `first_fit`.
+    """
+    windows, items = lengths.shape
+    every = np.arange(windows)
+    order = np.argsort(-lengths, axis=1, kind="stable")
+    free = np.full((windows, items + 1), capacity, np.int32)
+    rows = np.full((windows, items), -1, np.int64)
+    opened = 0  # as in first_fit
+    for item in order.T:
+        length = lengths[every, item]
+        # Seen without its sign, the room of a row that lacks some is larger than any other.
+        room = (free[:, : opened + 1] - length[:, None].astype(np.int32)).view(np.uint32)
+        row = np.argmin(room, axis=1)
+        some = length > 0
+        free[every[some], row[some]] -= length[some]
+        rows[every[some], item[some]] = row[some]
+        opened = max(opened, int(row[some].max(initial=-1)) + 1)
+    return rows
+
+
+def one_a_row(lengths: np.ndarray, capacity: int) -> np.ndarray:
+    """The row of each item when none shares its row. Arguments and result as of `first_fit`."""
+    some = lengths > 0
+    return np.where(some, np.cumsum(some, axis=1) - 1, -1)
+
+
+_FITS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
+    "first_fit": first_fit,
+    "best_fit": best_fit,
+    "none": one_a_row,
+}
+
+
 @functools.lru_cache(maxsize=8)
 def _permutation_of_rows(rows: int, seed: int, epoch: int, window: int) -> np.ndarray:
     return permutation(rows, seed, 2, epoch, window)
@@ -183,15 +224,21 @@ def permutation(count: int, *key: int) -> np.ndarray:
     Sorts by hashes (splitmix64, Steele et al. 2014) rather than asking numpy's generator, whose stream may change with
     its version: a run must find the same rows after an upgrade.
     """
+    counters = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(GOLDEN)
+    return np.argsort(splitmix64(counters + hash_of(*key)), kind="stable")
+
+
+def hash_of(*key: int) -> np.ndarray:
+    """uint64 [1]: a hash of some whole numbers below 2^64."""
     state = np.zeros(1, np.uint64)
     for word in key:
-        state = _splitmix64(state ^ np.uint64(word))
-    counters = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    return np.argsort(_splitmix64(counters + state), kind="stable")
+        state = splitmix64(state ^ np.uint64(word))
+    return state
 
 
-def _splitmix64(x: np.ndarray) -> np.ndarray:
-    x = x + np.uint64(0x9E3779B97F4A7C15)
+def splitmix64(x: np.ndarray) -> np.ndarray:
+    """uint64 [...]: a hash of each number of a uint64 array, and a bijection."""
+    x = x + np.uint64(GOLDEN)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

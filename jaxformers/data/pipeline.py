@@ -1,14 +1,15 @@
 """Rows to batches, batches to devices: the last hop, and the only module of this package that imports jax.
 
-Batch k of a run is rows [k B, (k + 1) B), cut into contiguous shares where several processes feed it. The position in
-the data is one number, the next row, so it means the same to any number of processes and any batch size.
+Batches take the rows in order, each B of them, cut into contiguous shares where several processes feed it. The position
+in the data is one number, the next row, so it means the same to any number of processes and any batch size.
 
 B rows in a global batch, T tokens in a row.
 """
 
 import functools
 import math
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxformers.data.rows import PackedRows, Row
+from jaxformers.data.rows import JoinedRows, PackedRows, Row, Rows
 
 _PREFETCHED_BATCHES = 2
 
@@ -48,30 +49,38 @@ def process_share(mesh: Mesh, spec: PartitionSpec) -> ProcessShare:
 
 
 def train_iterator(
-    rows: PackedRows, *, batch_size: int, process_index: int = 0, process_count: int = 1
+    rows: Rows,
+    *,
+    batch_size: int,
+    batch_ramp: Mapping[int, int] | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> grain.DatasetIterator[Row]:
     """Batches of rows [B / process_count, T] from row 0 on, made by a background thread while the last one is used.
 
     `get_state` and `set_state` (and with them `grain.checkpoint`) hold {"next_row", "rows"}: the first row not handed
-    out yet, and the fingerprint of the rows. Only whole batches come: at the end of the last epoch a rest is dropped.
+    out yet, and the fingerprint of the rows before it. Only whole batches come: a rest at the end is dropped.
 
     Args:
         batch_size: B, rows of the global batch over all processes.
+        batch_ramp: other values of B, by the row from which on batches have them.
         process_index, process_count: which contiguous share of each batch to make.
 
     Raises:
         ValueError: a batch that processes cannot share evenly, or more rows in it than there are; from `set_state`,
             a position in other data.
     """
-    _check_share(batch_size, process_index, process_count)
+    sizes = {0: batch_size} | dict(sorted((batch_ramp or {}).items()))
+    for size in sizes.values():
+        _check_share(size, process_index, process_count)
     if len(rows) < batch_size:
         raise ValueError(f"the data has {len(rows)} rows of {rows.sequence_length} tokens, a batch {batch_size} rows")
-    batches = _Batches(rows, batch_size, ProcessShare(process_index, process_count))
+    batches = _Batches(rows, sizes, ProcessShare(process_index, process_count))
     return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=_PREFETCHED_BATCHES))
 
 
 def validation_batches(
-    rows: PackedRows,
+    rows: PackedRows | JoinedRows,
     *,
     batch_size: int,
     max_batches: int | None = None,
@@ -118,18 +127,20 @@ def _check_share(batch_size: int, process_index: int, process_count: int) -> Non
         raise ValueError(f"a batch of {batch_size} rows cannot be shared evenly by {process_count} processes")
 
 
-def _share_of_batch(rows: PackedRows, first: int, batch_size: int, share: ProcessShare) -> Row:
-    """This process's rows of the batch that begins at row `first`, stacked; rows past the end are all zeros."""
+def _share_of_batch(rows: Rows | JoinedRows, first: int, batch_size: int, share: ProcessShare) -> Row:
+    """This process's rows of the batch that begins at row `first`; rows past the end are all zeros."""
     local = batch_size // share.count
     begin = first + share.index * local
-    made = [rows[n] for n in range(begin, min(begin + local, len(rows)))]
-    if len(made) < local:
-        made += [{name: np.zeros_like(values) for name, values in rows[0].items()}] * (local - len(made))
-    return {name: np.stack([row[name] for row in made]) for name in made[0]}
+    there = range(begin, max(min(begin + local, len(rows)), begin))
+    made = rows.batch(there or range(1))
+    if len(there) == local:
+        return made
+    rest = (local - len(there), rows.sequence_length)
+    return Row(**{n: np.concatenate([a[: len(there)], np.zeros(rest, a.dtype)]) for n, a in made.items()})
 
 
 class _ValidationBatches(Sequence[Row]):
-    def __init__(self, rows: PackedRows, batch_size: int, length: int, share: ProcessShare):
+    def __init__(self, rows: PackedRows | JoinedRows, batch_size: int, length: int, share: ProcessShare):
         self._rows, self._batch_size, self._length, self._share = rows, batch_size, length, share
 
     def __len__(self) -> int:
@@ -142,9 +153,9 @@ class _ValidationBatches(Sequence[Row]):
 
 
 class _Batches(grain.IterDataset[Row]):
-    def __init__(self, rows: PackedRows, batch_size: int, share: ProcessShare):
+    def __init__(self, rows: Rows, batch_sizes: Mapping[int, int], share: ProcessShare):
         super().__init__()
-        self._arguments = (rows, batch_size, share)
+        self._arguments = (rows, batch_sizes, share)
 
     def __iter__(self) -> "_BatchIterator":
         return _BatchIterator(*self._arguments)
@@ -153,26 +164,30 @@ class _Batches(grain.IterDataset[Row]):
 class _BatchIterator(grain.DatasetIterator[Row]):
     """Batches by position. Grain's own iterators count batches of one process; this one counts rows of the run."""
 
-    def __init__(self, rows: PackedRows, batch_size: int, share: ProcessShare):
+    def __init__(self, rows: Rows, batch_sizes: Mapping[int, int], share: ProcessShare):
+        """`batch_sizes` by the row from which on they hold, in order, the first being row 0."""
         super().__init__()
-        self._rows, self._batch_size, self._share = rows, batch_size, share
-        self._fingerprint = rows.fingerprint
+        self._rows, self._share = rows, share
+        self._marks, self._batch_sizes = list(batch_sizes), list(batch_sizes.values())
         self._next_row = 0
 
     def __next__(self) -> Row:
-        if self._next_row + self._batch_size > len(self._rows):
+        batch_size = self._batch_sizes[bisect_right(self._marks, self._next_row) - 1]
+        if self._next_row + batch_size > len(self._rows):
             raise StopIteration
-        batch = _share_of_batch(self._rows, self._next_row, self._batch_size, self._share)
-        self._next_row += self._batch_size
+        batch = _share_of_batch(self._rows, self._next_row, batch_size, self._share)
+        self._next_row += batch_size
         return batch
 
     def get_state(self) -> dict[str, Any]:
-        return {"next_row": self._next_row, "rows": self._fingerprint}
+        return {"next_row": self._next_row, "rows": self._rows.fingerprint_before(self._next_row)}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        if state["rows"] != self._fingerprint:
+        if state["rows"] != self._rows.fingerprint_before(state["next_row"]):
             raise ValueError(
                 "the checkpoint's position is in other data: files, tokenizer, or one of sequence_length, packing, "
-                "packing_window, validation_fraction, seed and shuffle have changed since"
+                "packing_window, attend_across_documents, reset_positions, end_of_text_loss, validation_fraction, "
+                f"test_fraction, seed, shuffle, fim and (before row {state['next_row']}) the weights of sources have "
+                "changed since"
             )
         self._next_row = state["next_row"]

@@ -1,16 +1,22 @@
-"""Rows cut out of the token cache: everything a model needs to know of one sequence. T tokens in a row.
+"""Rows cut out of documents: everything a model needs to know of one sequence. T tokens in a row.
 
 Knows no batch and no process; `len` and `[n]` are all that Grain asks of a data source.
 """
 
+import bisect
 import hashlib
+import itertools
 import sys
-from typing import TypedDict
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import Protocol, TypedDict
 
 import numpy as np
 
 from jaxformers.data.cache import TokenCache
 from jaxformers.data.config import DataConfig
+from jaxformers.data.documents import CachedDocuments, Documents
+from jaxformers.data.fim import Fim, FimDocuments
 from jaxformers.data.packing import PackingPlan
 
 
@@ -19,9 +25,10 @@ class Row(TypedDict):
 
     tokens: int32; 0 where there is padding.
     targets: int32; the token that follows in the same document, 0 where there is none.
-    weights: float32; 1 where there is a target, 0 at a document's last token and at padding.
-    positions: int32; counts from 0 in every piece of a document, 0 at padding.
-    segment_ids: int32; 1, 2, ... for the pieces of a row from left to right, 0 at padding.
+    weights: float32; 1 where there is a target, 0 at a document's last token and at padding (and, by config, where the
+        target would be the end-of-text token).
+    positions: int32; counts from 0 in every piece of a document or, by config, through the row; 0 at padding.
+    segment_ids: int32; 1, 2, ... for the pieces of a row from left to right or, by config, 1 for all; 0 at padding.
     """
 
     tokens: np.ndarray
@@ -31,6 +38,35 @@ class Row(TypedDict):
     segment_ids: np.ndarray
 
 
+class Rows(Protocol):
+    """What batches are made of: rows by number."""
+
+    sequence_length: int
+
+    def __len__(self) -> int:
+        """How many rows there are; sys.maxsize where they never end."""
+
+    def __getitem__(self, n: int) -> Row:
+        """Row n. IndexError where there is none."""
+
+    def batch(self, numbers: Sequence[int]) -> Row:
+        """The rows of these numbers, which there are, as arrays [B, T]."""
+
+    def fingerprint_before(self, n: int) -> str:
+        """Equal exactly where all of the first n rows are equal."""
+
+
+def empty_batch(rows: int, length: int) -> Row:
+    """[B, T] of padding."""
+    kinds = {name: np.float32 if name == "weights" else np.int32 for name in Row.__annotations__}
+    return Row(**{name: np.zeros((rows, length), kind) for name, kind in kinds.items()})
+
+
+def only_row(batch: Row) -> Row:
+    """The row of a batch [1, T]."""
+    return Row(**{name: values[0] for name, values in batch.items()})
+
+
 class PackedRows:
     """Some documents of a cache as rows, by number. Row n depends on the documents, the settings and n alone.
 
@@ -38,22 +74,41 @@ class PackedRows:
     in one row have segments of their own in both kinds of packing: none is meant to see another.
     """
 
-    def __init__(self, cache: TokenCache, documents: np.ndarray, config: DataConfig, *, epochs: int | None = None):
-        """Rows of `documents` (int64, indices into the cache); `epochs` None repeats them without end."""
-        self._cache = cache
-        self._documents = documents
+    def __init__(
+        self,
+        cache: TokenCache,
+        documents: np.ndarray,
+        config: DataConfig,
+        *,
+        epochs: int | None = None,
+        fim: Fim | None = None,
+    ):
+        """Rows of `documents` (int64, indices into the cache), some of them rearranged as `fim` says; `epochs` None
+        repeats them without end."""
+        cached = CachedDocuments(cache, documents)
+        self._documents: Documents = cached if fim is None else FimDocuments(cached, fim)
+        self._config = config
         self._plan = PackingPlan(
-            cache.lengths[documents],
+            self._documents.lengths,
             sequence_length=config.sequence_length,
             packing=config.packing,
             window=config.packing_window,
             seed=config.seed,
             shuffle=config.shuffle,
         )
-        settings = (config.sequence_length, config.packing, config.packing_window, config.seed, config.shuffle)
-        self._settings = repr((cache.manifest.tokenizer, settings))
-        self._epochs = epochs
+        self._columns = np.arange(config.sequence_length, dtype=np.int32)
+        self.epochs = epochs
         self.sequence_length = config.sequence_length
+
+    @property
+    def documents(self) -> int:
+        """How many documents an epoch has."""
+        return len(self._documents.lengths)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens an epoch has."""
+        return int(self._documents.lengths.sum())
 
     @property
     def rows_per_epoch(self) -> int:
@@ -64,20 +119,27 @@ class PackedRows:
         """The share of all positions that hold a token rather than padding."""
         return self._plan.efficiency
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Equal exactly where row n is equal for every n: the same documents, tokenizer and settings."""
-        digest = hashlib.sha256(self._settings.encode())
-        digest.update(self._cache.hashes[self._documents].tobytes())
-        digest.update(self._cache.lengths[self._documents].tobytes())
+        c = self._config
+        settings = (c.sequence_length, c.packing, c.packing_window, c.seed, c.shuffle)
+        reading = (c.attend_across_documents, c.reset_positions, c.end_of_text_loss)
+        digest = hashlib.sha256(repr((self._documents.settings, settings, reading)).encode())
+        digest.update(self._documents.hashes.tobytes())
+        digest.update(self._documents.lengths.tobytes())
         return digest.hexdigest()[:32]
 
+    def fingerprint_before(self, n: int) -> str:
+        """The fingerprint: what one source's first rows are decides all of them."""
+        return self.fingerprint
+
     def __len__(self) -> int:
-        endless = self._epochs is None and self.rows_per_epoch > 0
-        return sys.maxsize if endless else self.rows_per_epoch * (self._epochs or 1)
+        endless = self.epochs is None and self.rows_per_epoch > 0
+        return sys.maxsize if endless else self.rows_per_epoch * (self.epochs or 1)
 
     def __repr__(self) -> str:
-        return f"PackedRows({len(self._documents)} documents, {self.rows_per_epoch} rows of {self.sequence_length})"
+        return f"PackedRows({self.documents} documents, {self.rows_per_epoch} rows of {self.sequence_length})"
 
     def __getitem__(self, n: int) -> Row:
         """Row n; epoch after epoch as n goes on.
@@ -87,25 +149,91 @@ class PackedRows:
         """
         if not 0 <= n < len(self):
             raise IndexError(f"row {n} of {len(self)}")
-        pieces = self._plan.pieces(int(n))
-        length, filled = pieces.length, int(pieces.length.sum())
-        documents = self._documents[pieces.document]
-        left = np.cumsum(length) - length  # where each piece begins in the row
-        column = np.arange(filled)
-        # Where each column's token lies in the cache, and where its document ends there.
-        source = np.repeat(self._cache.starts[documents] + pieces.start - left, length) + column
-        end = np.repeat(self._cache.starts[documents] + self._cache.lengths[documents], length)
-        has_target = source + 1 < end
-        following = self._cache.tokens[np.where(has_target, source + 1, source)]
-        return Row(
-            tokens=self._padded(self._cache.tokens[source]),
-            targets=self._padded(np.where(has_target, following, 0)),
-            weights=self._padded(has_target, np.float32),
-            positions=self._padded(column - np.repeat(left, length)),
-            segment_ids=self._padded(np.repeat(np.arange(1, len(length) + 1), length)),
-        )
+        return only_row(self.batch([n]))
 
-    def _padded(self, values: np.ndarray, dtype: type = np.int32) -> np.ndarray:
-        row = np.zeros(self.sequence_length, dtype)
-        row[: len(values)] = values
-        return row
+    def batch(self, numbers: Sequence[int]) -> Row:
+        """The rows of these numbers as arrays [B, T], as if there were no last epoch; faster than one by one."""
+        batch = empty_batch(len(numbers), self.sequence_length)
+        self.write(batch, range(len(numbers)), numbers)
+        return batch
+
+    def write(self, batch: Row, places: Sequence[int], numbers: Sequence[int]) -> None:
+        """Writes the rows of these numbers into those places of an empty batch [B, T]."""
+        found = [self._plan.pieces(int(n)) for n in numbers]
+        document = np.concatenate([pieces.document for pieces in found])
+        start = np.concatenate([pieces.start for pieces in found])
+        length = np.concatenate([pieces.length for pieces in found])
+        ends = self._documents.lengths[document]
+        # One token more of each piece whose document goes on: its last token's target.
+        read = length + (start + length < ends)
+        ids = self._documents.read(document, start, read)
+        learned = read - 1
+        if not self._config.end_of_text_loss:
+            learned = np.clip(ends - 2 - start, 0, learned)
+        cuts = iter(zip(length.tolist(), read.tolist(), learned.tolist(), strict=True))
+        first = 0
+        for place, pieces in zip(places, found, strict=True):
+            row = Row(**{name: values[place] for name, values in batch.items()})
+            first = self._fill(row, itertools.islice(cuts, len(pieces.length)), ids, first)
+
+    def _fill(self, row: Row, cuts: Iterable[tuple[int, int, int]], ids: np.ndarray, first: int) -> int:
+        """Writes a row [T] from pieces of (tokens, ids, targets) that lie in `ids` from `first` on, and says where the
+        next row's begin. Copying slices beats computing where each token goes, but for pieces of a few tokens."""
+        left = 0
+        for segment, (length, read, learned) in enumerate(cuts, start=1):
+            end = left + length
+            row["tokens"][left:end] = ids[first : first + length]
+            row["targets"][left : left + learned] = ids[first + 1 : first + 1 + learned]
+            row["weights"][left : left + learned] = 1
+            row["segment_ids"][left:end] = 1 if self._config.attend_across_documents else segment
+            if self._config.reset_positions:
+                row["positions"][left:end] = self._columns[:length]
+            left, first = end, first + read
+        if not self._config.reset_positions:
+            row["positions"][:left] = self._columns[:left]
+        return first
+
+
+class JoinedRows:
+    """The rows of several sources, one source behind the other. Each has to end."""
+
+    def __init__(self, sources: Sequence[PackedRows]):
+        assert sources
+        self._sources = list(sources)
+        self._ends = list(itertools.accumulate(map(len, sources)))
+        self.sequence_length = sources[0].sequence_length
+
+    @property
+    def efficiency(self) -> float:
+        """The share of all positions that hold a token rather than padding."""
+        tokens = sum(rows.tokens for rows in self._sources)
+        return float(tokens / max(len(self) * self.sequence_length, 1))
+
+    @property
+    def rows_per_epoch(self) -> int:
+        return self._ends[-1]
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, n: int) -> Row:
+        if not 0 <= n < len(self):
+            raise IndexError(f"row {n} of {len(self)}")
+        return only_row(self.batch([n]))
+
+    def batch(self, numbers: Sequence[int]) -> Row:
+        """The rows of these numbers as arrays [B, T]."""
+        sources = [bisect.bisect_right(self._ends, n) for n in numbers]
+        begins = [0, *self._ends]
+        return batch_of(self._sources, [(k, int(n) - begins[k]) for k, n in zip(sources, numbers, strict=True)])
+
+
+def batch_of(sources: Sequence[PackedRows], rows: Sequence[tuple[int, int]]) -> Row:
+    """Rows of several sources as arrays [B, T], each given by its source and its number there."""
+    batch = empty_batch(len(rows), sources[0].sequence_length)
+    by_source: dict[int, list[tuple[int, int]]] = {}
+    for place, (source, row) in enumerate(rows):
+        by_source.setdefault(source, []).append((place, row))
+    for source, drawn in by_source.items():
+        sources[source].write(batch, *zip(*drawn, strict=True))
+    return batch

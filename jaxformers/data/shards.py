@@ -1,34 +1,25 @@
 """Tokenizing a corpus in shards: each one a pure function of some pieces of files, written once and found again.
 
 A shard is three files: its token ids, a row of facts per document, and a small JSON with their checksums, written last.
-Whoever builds it gets the same bytes, so a killed build goes on where it stopped, with any number of processes.
-Run as a module, this file is one such process: shard numbers come in on stdin, finished numbers go out on stdout.
+Whoever builds it gets the same bytes, so a killed build goes on where it stopped, with any number of processes. Knows
+nothing of the processes that build shards, nor of what becomes of them.
 """
 
-import contextlib
 import hashlib
 import json
 import os
-import queue
-import signal
-import subprocess
-import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
-from jaxformers.data.sources import BadRecord, Piece, SourceFile, cut, read
-from jaxformers.data.tokenizer import Tokenizer, load_tokenizer
-
-# One row per document: length in tokens, a hash of its text, and the bytes of its text as UTF-8.
-DOCUMENT = np.dtype([("length", "<i8"), ("hash", "<u8"), ("bytes", "<i8")])
+from jaxformers.data.encoding import batches, encode, good_documents, is_empty
+from jaxformers.data.records import Fields
+from jaxformers.data.sources import BadRecord, Piece, SourceFile, cut
+from jaxformers.data.tokenizer import Tokenizer
 
 _LEAST_BYTES, _MOST_BYTES, _SHARDS = 1 << 20, 1 << 28, 256  # of text in a shard; how many shards where that allows
-_BATCH_CHARACTERS = 1 << 20  # encoded in one call: large enough to hide the call, small enough to stay in cache
 _NAMES_KEPT = 100  # bad records that are named rather than only counted
 
 
@@ -40,6 +31,7 @@ class Job:
     text_field: str
     parse_special_tokens: bool
     token_dtype: str
+    tokens_field: str | None = None
 
     def save(self, directory: Path) -> None:
         write_atomically(directory / "job.json", json.dumps(asdict(self)).encode())
@@ -78,35 +70,44 @@ def plan_shards(files: Sequence[SourceFile]) -> tuple[tuple[Piece, ...], ...]:
     return tuple(map(tuple, shards))
 
 
-def write_shard(job: Job, index: int, tokenizer: Tokenizer, directory: Path) -> None:
-    """Tokenizes one shard. The name of its files appears only once they are complete and on disk."""
+def write_shard(
+    job: Job, index: int, tokenizer: Tokenizer, directory: Path, advanced: Callable[[int, int], None] | None = None
+) -> None:
+    """Tokenizes one shard. The name of its files appears only once they are complete.
+
+    Nothing is forced to the disk: what a power cut leaves half written fails its checksum and is written again.
+
+    Args:
+        advanced: called after each batch of texts with their bytes as UTF-8 and their tokens.
+    """
     digest = hashlib.sha256()
     documents: list[np.ndarray] = []
     bad: list[BadRecord] = []
     empty = 0
     temporary = directory / f"{index:06d}.{os.getpid()}.tmp"
     with open(temporary, "wb") as out:
-        for texts in _batches(_good_texts(job, index, bad)):
-            kept = [text for text in texts if text.strip()]
-            empty += len(texts) - len(kept)
-            ids = _encode(job, kept, tokenizer)
-            documents.append(_facts(kept, ids))
-            content = np.concatenate([*ids, np.empty(0, job.token_dtype)]).tobytes()
+        fields = Fields(job.text_field, job.tokens_field)
+        for batch in batches(good_documents(job.shards[index], fields, tokenizer, bad)):
+            kept = [document for document in batch if not is_empty(document)]
+            empty += len(batch) - len(kept)
+            made = encode(kept, tokenizer, parse_special_tokens=job.parse_special_tokens, dtype=job.token_dtype)
+            documents.append(made.facts)
+            content = made.ids.tobytes()
             out.write(content)
             digest.update(content)
-        _sync(out)
+            if advanced is not None:
+                advanced(int(made.facts["bytes"].sum()), len(made.ids))
     os.replace(temporary, tokens_file(directory, index))
     rows = b"".join(batch.tobytes() for batch in documents)
-    write_atomically(documents_file(directory, index), rows)
+    write_atomically(documents_file(directory, index), rows, sync=False)
     shard = Shard(digest.hexdigest(), hashlib.sha256(rows).hexdigest(), empty, len(bad), tuple(bad[:_NAMES_KEPT]))
-    write_atomically(_facts_file(directory, index), json.dumps(asdict(shard)).encode())
+    write_atomically(_facts_file(directory, index), json.dumps(asdict(shard)).encode(), sync=False)
 
 
 def read_shard(directory: Path, index: int) -> Shard | None:
     """A finished shard whose files are whole, or None where it must be written (again)."""
     try:
-        values = json.loads(_facts_file(directory, index).read_bytes())
-        shard = Shard(**{**values, "named": tuple(BadRecord(**record) for record in values["named"])})
+        shard = read_facts(directory, index)
         whole = (
             sha256_of(tokens_file(directory, index)) == shard.tokens_sha256
             and sha256_of(documents_file(directory, index)) == shard.documents_sha256
@@ -114,6 +115,12 @@ def read_shard(directory: Path, index: int) -> Shard | None:
     except (FileNotFoundError, ValueError, TypeError, KeyError):
         return None
     return shard if whole else None
+
+
+def read_facts(directory: Path, index: int) -> Shard:
+    """What a finished shard says of itself; its other files are not looked at."""
+    values = json.loads(_facts_file(directory, index).read_bytes())
+    return Shard(**{**values, "named": tuple(BadRecord(**record) for record in values["named"])})
 
 
 def tokens_file(directory: Path, index: int) -> Path:
@@ -134,164 +141,12 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Makes the file appear complete, or not at all, whenever the machine stops."""
+def write_atomically(path: Path, content: bytes, *, sync: bool = True) -> None:
+    """Makes the file appear complete or not at all; with `sync`, whenever the machine stops."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with open(temporary, "wb") as out:
         out.write(content)
-        _sync(out)
+        if sync:
+            out.flush()
+            os.fsync(out.fileno())
     os.replace(temporary, path)
-
-
-def _sync(file) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _good_texts(job: Job, index: int, bad: list[BadRecord]) -> Iterator[str]:
-    for piece in job.shards[index]:
-        for record in read(piece, text_field=job.text_field):
-            if isinstance(record, BadRecord):
-                bad.append(record)
-            else:
-                yield record.text
-
-
-def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    size = 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= _BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _encode(job: Job, texts: list[str], tokenizer: Tokenizer) -> list[np.ndarray]:
-    """The ids of each text: as the tokenizer begins and ends a text, and always ending in the end-of-text id."""
-    encoded = tokenizer.encode_batch(texts, parse_special_tokens=job.parse_special_tokens)
-    end = tokenizer.eos_id
-    return [np.array(ids if ids and ids[-1] == end else [*ids, end], job.token_dtype) for ids in encoded]
-
-
-def _facts(texts: list[str], ids: list[np.ndarray]) -> np.ndarray:
-    facts = np.empty(len(texts), DOCUMENT)
-    for row, (text, tokens) in enumerate(zip(texts, ids, strict=True)):
-        raw = text.encode()
-        content = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")
-        facts[row] = (len(tokens), content, len(raw))
-    return facts
-
-
-def write_shards(
-    directory: Path, indices: Sequence[int], *, workers: int, tokenizer: Tokenizer, done: Callable[[int], None]
-) -> None:
-    """Writes the shards of the job in `directory` and calls `done` with each one's number, from this thread.
-
-    Raises:
-        ValueError: a source that cannot be read.
-        RuntimeError: a tokenizing process that died.
-    """
-    if workers == 1 or len(indices) < 2:
-        job = Job.load(directory)
-        for index in indices:
-            write_shard(job, index, tokenizer, directory)
-            done(index)
-        return
-    tokenizer.save(directory / "tokenizer")
-    with _Workers(directory, min(workers, len(indices))) as pool:
-        for index in pool.run(indices):
-            done(index)
-
-
-class _Workers:
-    """Processes that tokenize, each driven by a thread here.
-
-    They are started as fresh interpreters rather than forked or spawned: a fork would copy the locks of jax's threads,
-    and multiprocessing's spawn would run the user's script again where it has no `__main__` guard.
-    """
-
-    def __init__(self, directory: Path, count: int):
-        # What this process can import, its workers can; one thread each, since the processes are the parallelism.
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        environment["TOKENIZERS_PARALLELISM"] = "false"
-        command = [sys.executable, "-m", "jaxformers.data.shards", str(directory)]
-        self._processes = [
-            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-            for _ in range(count)
-        ]
-
-    def __enter__(self) -> "_Workers":
-        return self
-
-    def __exit__(self, *_) -> None:
-        for process in self._processes:
-            process.kill()  # a half-written shard has no name yet, so nothing is lost
-        for process in self._processes:
-            process.wait()
-            with contextlib.suppress(BrokenPipeError):
-                process.stdin.close()
-            process.stdout.close()
-
-    def run(self, indices: Sequence[int]) -> Iterator[int]:
-        """Each number as its shard is finished."""
-        waiting = iter(indices)
-        lock = threading.Lock()
-        finished: queue.Queue[int | Exception] = queue.Queue()
-
-        def drive(process: subprocess.Popen) -> None:
-            while True:
-                with lock:
-                    index = next(waiting, None)
-                if index is None:
-                    return
-                finished.put(_ask(process, index))
-
-        with ThreadPoolExecutor(len(self._processes)) as threads:
-            try:
-                for process in self._processes:
-                    threads.submit(drive, process)
-                for _ in indices:
-                    result = finished.get()
-                    if isinstance(result, Exception):
-                        raise result
-                    yield result
-            except BaseException:
-                with lock:
-                    waiting = iter(())
-                for process in self._processes:
-                    process.kill()
-                raise
-
-
-def _ask(process: subprocess.Popen, index: int) -> int | Exception:
-    try:
-        process.stdin.write(f"{index}\n")
-        process.stdin.flush()
-        answer = process.stdout.readline()
-    except BrokenPipeError:
-        answer = ""
-    if not answer:
-        return RuntimeError(f"a tokenizing process ended early, with exit status {process.wait()}")
-    reply = json.loads(answer)
-    return ValueError(reply["error"]) if "error" in reply else index
-
-
-def _serve(directory: Path) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
-    job = Job.load(directory)
-    tokenizer = load_tokenizer(directory / "tokenizer")
-    for line in sys.stdin:
-        reply = {}
-        try:
-            write_shard(job, int(line), tokenizer, directory)
-        except (ValueError, OSError) as error:
-            reply["error"] = str(error)
-        print(json.dumps(reply), flush=True)
-
-
-if __name__ == "__main__":
-    _serve(Path(sys.argv[1]))

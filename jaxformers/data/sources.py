@@ -1,257 +1,126 @@
-"""Files in, documents out: which files a config names, and the text in them.
+"""Files in, documents out: which files a config names, and the documents in them, whatever their format.
 
-A *piece* is a range of bytes of one file: all of it, or some whole lines of a large .jsonl. Pieces are what processes
-share out among themselves, so reading one needs nothing from any other. Knows no tokenizer and no cache.
+A *piece* is a part of one file that can be read alone: all of it, or a range of its bytes, row groups or records.
+Pieces are what processes share out among themselves. Knows no tokenizer and no cache.
 """
 
-import glob
-import gzip
-import io
-import json
 import os
-import sysconfig
-import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatch
-from pathlib import Path
-from typing import BinaryIO
 
-_JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst")
-_COMPRESSED = (".gz", ".zst", ".bz2", ".xz", ".lzma", ".lz4", ".zip", ".7z", ".br", ".z")
-_NOT_TEXT = (".parquet", ".arrow", ".feather", ".arrayrecord", ".bin", ".npy", ".npz", ".tar", ".safetensors")
+from jaxformers.data.config import SourceConfig
+from jaxformers.data.files import cannot_be_read, expand, glob_paths, is_remote
+from jaxformers.data.formats import FORMATS, callables, format_of, huggingface
+from jaxformers.data.formats.lines import line_at
+from jaxformers.data.records import BadRecord, Document, Fields, Piece, Record, SourceFile, Tokens
 
-
-@dataclass(frozen=True)
-class SourceFile:
-    """A file as it was found: `size` in bytes, `modified` in nanoseconds since the epoch."""
-
-    path: str
-    size: int
-    modified: int
+__all__ = ["BadRecord", "Document", "Piece", "SourceFile", "Tokens", "cut", "files_of", "find_files", "name_of", "read"]
 
 
-@dataclass(frozen=True)
-class Piece:
-    """The lines of `path` that begin in bytes [start, stop); stop None: to the end of the file."""
-
-    path: str
-    start: int = 0
-    stop: int | None = None
+def files_of(config: SourceConfig) -> list[SourceFile]:
+    """The files that a config names; see `find_files`."""
+    return find_files(config.paths, config.exclude, format=config.format, subset=config.subset, split=config.split)
 
 
-@dataclass(frozen=True)
-class Document:
-    """One text and the byte of the (decompressed) file it begins at."""
-
-    text: str
-    offset: int
-
-
-@dataclass(frozen=True)
-class BadRecord:
-    """Something that should have been a document: where it begins, and what is wrong with it."""
-
-    path: str
-    offset: int
-    reason: str
-
-
-def find_files(paths: Sequence[str], exclude: Sequence[str] = ()) -> list[SourceFile]:
-    """The files that the globs name, each once, sorted by path.
+def find_files(
+    paths: Sequence[str],
+    exclude: Sequence[str] = (),
+    *,
+    format: str = "auto",
+    subset: str | None = None,
+    split: str | None = None,
+) -> list[SourceFile]:
+    """The files that the globs name, each once, sorted by path; or what the format has instead of files.
 
     Raises:
-        ValueError: a glob that matches no file, or only excluded ones; a file of a kind that cannot be read as text.
+        ValueError: a glob that matches no file, or only excluded ones; a file of a kind that cannot be read; a name
+            that the format does not find.
     """
     found: dict[str, SourceFile] = {}
     for pattern in paths:
-        matches = [path for path in glob.iglob(_expand(pattern), recursive=True) if os.path.isfile(path)]
-        kept = [path for path in matches if not any(fnmatch(_whole(path), excluded) for excluded in exclude)]
-        if not kept:
-            raise ValueError(_why_nothing_matched(pattern, bool(matches)))
-        found.update((path, _source_file(path)) for path in map(_whole, kept))
+        if format == "python":
+            files = [callables.describe(pattern)]
+        elif format == "huggingface":
+            saved = _saved(_kept(glob_paths(pattern), exclude))
+            files = [huggingface.describe_saved(path, split) for path in saved]
+            files = files or huggingface.from_name(pattern, subset, split)
+        else:
+            files = _match(pattern, exclude, format, split)
+        found.update((file.path, file) for file in files)
     return [found[path] for path in sorted(found)]
 
 
-def _expand(pattern: str) -> str:
-    return os.path.expanduser(pattern.replace("{stdlib}", glob.escape(sysconfig.get_paths()["stdlib"])))
+def _match(pattern: str, exclude: Sequence[str], format: str, split: str | None) -> list[SourceFile]:
+    """The files of one glob, and in `auto` the folders that are Hugging Face datasets, in place of what is in them."""
+    matches = glob_paths(pattern)
+    if not matches and format != "auto" and FORMATS[format].implied:
+        matches = glob_paths(pattern + FORMATS[format].implied)
+    kept = _kept(matches, exclude)
+    files = [path for path in kept if _is_file(path)]
+    folders = _saved(set(kept) - set(files)) if format == "auto" else []
+    files = [path for path in files if not _lies_in(path, folders)]
+    if not files and not folders:
+        raise ValueError(_why_nothing_matched(pattern, any(map(_is_file, matches))))
+    named = [(path, format_of(path) if format == "auto" else format) for path in files]
+    described = [FORMATS[name].describe(path, name) for path, name in named]
+    return described + [huggingface.describe_saved(folder, split) for folder in folders]
 
 
-def _whole(path: str) -> str:
-    return Path(path).absolute().as_posix()
+def _kept(paths: Sequence[str], exclude: Sequence[str]) -> list[str]:
+    return [path for path in paths if not any(fnmatch(path, excluded) for excluded in exclude)]
+
+
+def _saved(paths: Iterable[str]) -> list[str]:
+    """The outermost folders of Hugging Face datasets; the splits of a dictionary lie within its own."""
+    folders = [path for path in paths if huggingface.is_saved(path)]
+    return [path for path in folders if not _lies_in(path, folders)]
+
+
+def _lies_in(path: str, folders: Sequence[str]) -> bool:
+    return any(path.startswith(f"{folder}/") for folder in folders)
+
+
+def _is_file(path: str) -> bool:
+    return is_remote(path) or os.path.isfile(path)
 
 
 def _why_nothing_matched(pattern: str, excluded: bool) -> str:
     if excluded:
         return f"every file that {pattern!r} matches is left out by data.exclude"
-    if os.path.isdir(_expand(pattern)):
+    if not is_remote(pattern) and os.path.isdir(expand(pattern)):
         return f"{pattern!r} is a directory: name its files by a glob such as {pattern.rstrip('/') + '/**/*.txt'!r}"
     return f"no file matches {pattern!r}"
 
 
-def _source_file(path: str) -> SourceFile:
-    suffix = Path(path).suffix.lower()
-    if suffix in _COMPRESSED and not is_jsonl(path):
-        raise ValueError(f"{path}: unknown compression {suffix!r}; known are .jsonl.gz and .jsonl.zst")
-    if suffix in _NOT_TEXT:
-        raise ValueError(f"{path}: {suffix!r} files are not text; known are {', '.join(_JSONL)} and plain text files")
-    status = os.stat(path)
-    return SourceFile(path, status.st_size, status.st_mtime_ns)
-
-
-def is_jsonl(path: str) -> bool:
-    """Whether every line of the file is a document (otherwise the file is one document)."""
-    return path.lower().endswith(_JSONL)
-
-
 def cut(file: SourceFile, size: int) -> list[Piece]:
-    """The file in pieces of about `size` bytes where it can be entered in the middle, otherwise whole."""
-    if not file.path.lower().endswith(".jsonl") or file.size <= size:
-        return [Piece(file.path)]
-    return [Piece(file.path, start, min(start + size, file.size)) for start in range(0, file.size, size)]
-
-
-def read(piece: Piece, *, text_field: str) -> Iterator[Document | BadRecord]:
-    """The documents of a piece in order, and what could not be one. Blank lines of a .jsonl are nothing at all.
+    """The file in pieces of about `size` bytes where it can be entered in the middle, otherwise whole.
 
     Raises:
-        ValueError: the file cannot be opened.
+        ValueError: a file that cannot be opened, or is not of its format.
     """
     try:
-        if is_jsonl(piece.path):
-            yield from _read_lines(piece, text_field)
-        else:
-            yield _decode(piece.path, 0, Path(piece.path).read_bytes())
+        return FORMATS[file.format].cut(file, size)
     except OSError as error:
-        raise ValueError(f"{piece.path}: cannot be read: {error.strerror or error}") from error
+        raise cannot_be_read(file.path, error) from error
+
+
+def read(piece: Piece, *, text_field: str = "text", tokens_field: str | None = None) -> Iterator[Record]:
+    """The documents of a piece in order, each a text or ready ids, and what could not be one.
+
+    Raises:
+        ValueError: the file cannot be opened, is not of its format or is damaged as a whole; a table without the field.
+    """
+    try:
+        yield from FORMATS[piece.format].read(piece, Fields(text_field, tokens_field))
+    except OSError as error:
+        raise cannot_be_read(piece.path, error) from error
 
 
 def name_of(record: BadRecord) -> str:
-    """`path: reason`, or `path:line: reason` for a line of a .jsonl."""
-    if not is_jsonl(record.path):
+    """`path: reason`, or `path:line: reason`, `path:row: reason` where the file has several records."""
+    if record.unit == "file":
         return f"{record.path}: {record.reason}"
-    line, left = 1, record.offset
-    try:
-        with open_lines(record.path) as file:
-            while left and (block := file.read(min(left, 1 << 20))):
-                line += block.count(b"\n")
-                left -= len(block)
-    except (OSError, *_DAMAGE):  # the file has changed since
+    place = record.offset if record.unit == "row" else line_at(record.path, record.offset)
+    if place is None:  # the file has changed since
         return f"{record.path}: {record.reason} at byte {record.offset}"
-    return f"{record.path}:{line}: {record.reason}"
-
-
-def open_lines(path: str) -> BinaryIO:
-    """A binary file over the decompressed bytes of a .jsonl, .jsonl.gz or .jsonl.zst."""
-    if path.lower().endswith(".gz"):
-        return gzip.open(path, "rb")
-    if path.lower().endswith(".zst"):
-        return io.BufferedReader(_ZstdReader(path), 1 << 20)
-    return open(path, "rb", buffering=1 << 20)
-
-
-def _read_lines(piece: Piece, text_field: str) -> Iterator[Document | BadRecord]:
-    with open_lines(piece.path) as file:
-        offset = piece.start
-        if offset:
-            file.seek(offset - 1)
-            offset += len(file.readline()) - 1  # a line that began before the piece belongs to the one before
-        while piece.stop is None or offset < piece.stop:
-            try:
-                line = file.readline()
-            except _DAMAGE as error:
-                yield BadRecord(piece.path, offset, f"damaged compressed data ({error})")
-                return
-            if not line:
-                return
-            if line.strip():
-                yield _parse(piece.path, offset, line, text_field)
-            offset += len(line)
-
-
-def _parse(path: str, offset: int, line: bytes, text_field: str) -> Document | BadRecord:
-    try:
-        record = json.loads(line)
-    except UnicodeDecodeError:
-        return BadRecord(path, offset, "not UTF-8")
-    except (ValueError, RecursionError):
-        return BadRecord(path, offset, "not JSON")
-    if not isinstance(record, dict) or text_field not in record:
-        return BadRecord(path, offset, f"no field {text_field!r}")
-    text = record[text_field]
-    if not isinstance(text, str):
-        return BadRecord(path, offset, f"field {text_field!r} is not a string")
-    if not _is_unicode(text):
-        return BadRecord(path, offset, "half a surrogate pair, which is not Unicode text")
-    return Document(text, offset)
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _decode(path: str, offset: int, content: bytes) -> Document | BadRecord:
-    try:
-        return Document(content.decode("utf-8-sig"), offset)
-    except UnicodeDecodeError as error:
-        return BadRecord(path, offset, f"not UTF-8 (byte {error.start})")
-
-
-class _ZstdDamage(Exception):
-    """The bytes are not Zstandard frames, or the last frame has no end."""
-
-
-_DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, _ZstdDamage)
-
-
-class _ZstdReader(io.RawIOBase):
-    """Every frame of a Zstandard file, one after the other.
-
-    The library's own reader ends without a word where a file was cut short; this one says so.
-    """
-
-    def __init__(self, path: str):
-        try:
-            import zstandard  # an optional extra
-        except ImportError:
-            raise ValueError(f"{path}: reading .zst needs zstandard: pip install 'jaxformers[data]'") from None
-        self._error = zstandard.ZstdError
-        self._new_frame = zstandard.ZstdDecompressor().decompressobj
-        self._frame = None
-        self._source = open(path, "rb")  # noqa: SIM115
-        self._ready = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:
-        while not self._ready and self._fill():
-            pass
-        count = min(len(buffer), len(self._ready))
-        buffer[:count] = self._ready[:count]
-        self._ready = self._ready[count:]
-        return count
-
-    def _fill(self) -> bool:
-        """Decompresses one more block; False at the end of the file."""
-        ended = self._frame is None or self._frame.eof
-        block = (self._frame.unused_data if self._frame is not None and ended else b"") or self._source.read(1 << 16)
-        if not block:
-            if not ended:
-                raise _ZstdDamage("the file ends inside a frame")
-            return False
-        if ended:
-            self._frame = self._new_frame()
-        try:
-            self._ready = self._frame.decompress(block)
-        except self._error as error:
-            raise _ZstdDamage(str(error)) from error
-        return True
-
-    def close(self) -> None:
-        self._source.close()
-        super().close()
+    return f"{record.path}:{place}: {record.reason}"

@@ -100,6 +100,10 @@ class Tokenizer:
         values = {**self._named_tokens, **variables}
         return render_chat(template, messages, tools=tools, add_generation_prompt=add_generation_prompt, **values)
 
+    def token_id(self, token: str) -> int | None:
+        """The id of a token by its own spelling, None where there is no such token."""
+        return self._text.token_to_id(token)
+
     def _id_of(self, token: str | None) -> int | None:
         return None if token is None else self._text.token_to_id(token)
 
@@ -143,6 +147,24 @@ class Tokenizer:
     def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool = True) -> str:
         """The text of the ids; bytes that are no valid UTF-8 come out as U+FFFD."""
         return self._text.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+
+    def count_bytes(self, ids: np.ndarray) -> int:
+        """Bytes of the ids' text as UTF-8, special tokens left out; parts of a character count as their bytes."""
+        if self._byte_counts is None:
+            return len(self.decode(ids).encode())
+        return int(self._byte_counts[ids].sum())
+
+    @functools.cached_property
+    def _byte_counts(self) -> np.ndarray | None:
+        """int64 [vocab_size], where an id's bytes do not depend on the ids around it; that spares decoding a corpus."""
+        if not isinstance(self._text.decoder, decoders.ByteLevel):
+            return None
+        counts = np.zeros(self.vocab_size, np.int64)
+        for token, token_id in self._text.get_vocab(with_added_tokens=False).items():
+            counts[token_id] = len(token)  # a character stands for a byte
+        for token_id, token in self._text.get_added_tokens_decoder().items():
+            counts[token_id] = 0 if token.special else len(token.content.encode())
+        return counts
 
     def token(self, token_id: int) -> str | None:
         """How the vocabulary spells an id, or None for an id it does not have."""

@@ -22,6 +22,7 @@ GRACE_SECONDS = 10.0  # between asking a process to end and ending it
 POLL_SECONDS = 0.1
 SETTLE_SECONDS = 0.5  # until all who fail of the same have been seen to
 LINES_KEPT = 30
+MISTAKE_STATUS = 2  # of a command that was told something wrong, and would be again
 
 
 @dataclass
@@ -36,20 +37,34 @@ class Child:
     failed_at: float | None = None
 
 
-def launch(arguments: Sequence[str], *, processes: int) -> int:
+def launch(arguments: Sequence[str], *, processes: int, restarts: int = 0) -> int:
     """Runs `jaxformers ARGUMENTS` in so many processes and returns the exit status.
 
     What process 0 says is passed on as it is, the errors of others with their number in front. When one fails, all
-    are ended, its own last lines come last on standard error, and its status is returned. SIGINT and SIGTERM go to
-    every process, and their end is waited for.
+    are ended, its own last lines come last on standard error, and its status is returned; or all are started again, up
+    to `restarts` times, unless it was a user's mistake or a signal to us. SIGINT and SIGTERM go to every process, and
+    their end is waited for.
     """
     if processes < 1:
         raise ValueError(f"--processes is {processes}; it must be at least 1")
+    if restarts < 0:
+        raise ValueError(f"--restarts is {restarts}; it must be at least 0")
     if not arguments:
         raise ValueError("launch needs a command after --, such as: jaxformers launch --processes 2 -- train CONFIG")
+    for left in range(restarts, -1, -1):
+        status, asked = _run(arguments, processes)
+        if status in (0, MISTAKE_STATUS) or asked or not left:
+            break
+        print(f"jaxformers: starting again; {left - 1} more restarts are left", file=sys.stderr, flush=True)
+    return status
+
+
+def _run(arguments: Sequence[str], processes: int) -> tuple[int, bool]:
+    """The exit status of one life of all processes, and whether a signal asked them to end."""
     coordinator = f"127.0.0.1:{_free_port()}"
     children = [_start(arguments, coordinator, i, processes) for i in range(processes)]
-    before = {number: signal.signal(number, _forward(children)) for number in (signal.SIGINT, signal.SIGTERM)}
+    asked: list[int] = []
+    before = {number: signal.signal(number, _forward(children, asked)) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         failed = _wait(children)
     finally:
@@ -57,9 +72,9 @@ def launch(arguments: Sequence[str], *, processes: int) -> int:
         for number, handler in before.items():
             signal.signal(number, handler)
     if failed is None:
-        return 0
+        return 0, bool(asked)
     print(_last_words(failed, children), file=sys.stderr, flush=True)
-    return max(failed.process.returncode, 1)
+    return max(failed.process.returncode, 1), bool(asked)
 
 
 def _last_words(failed: Child, children: Sequence[Child]) -> str:
@@ -112,8 +127,9 @@ def _watch(child: Child) -> None:
         child.failed_at = time.monotonic()
 
 
-def _forward(children: Sequence[Child]) -> object:
+def _forward(children: Sequence[Child], asked: list[int]) -> object:
     def forward(number: int, _frame: object) -> None:
+        asked.append(number)
         for child in children:
             if child.process.poll() is None:
                 child.process.send_signal(number)

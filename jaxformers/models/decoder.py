@@ -178,7 +178,7 @@ def _run_blocks(
     for i, (kind, p) in enumerate(zip(cfg.layers, blocks, strict=True)):
 
         def body(p: Params, x: jax.Array, entry: LayerCache | None, kind: LayerKind = kind) -> Any:
-            p = runtime.gather(p, layer_spec(cfg, kind))
+            p, x = runtime.gather(p, layer_spec(cfg, kind)), ctx.save(x, "input")
             return block(p, x, ctx, cfg, kind, entry)
 
         x, entry, stats = runtime.rematerialize(body)(p, x, None if cache is None else cache[i])
@@ -200,7 +200,8 @@ def _scan_stack(
     """One compiled body for all repeats of a stack's pattern, as `make_stage` says."""
 
     def body(x: jax.Array, repeat: tuple[list[Params], jax.Array | None]) -> tuple[jax.Array, MoEStats | None]:
-        before, found = x, []
+        x = before = ctx.save(x, "input")
+        found: list[MoEStats] = []
         layers, runs = repeat
         for p, kind in zip(layers, stack.pattern, strict=True):
             p = runtime.gather(p, layer_spec(cfg, kind))

@@ -62,6 +62,24 @@ def concat_layers(parts: Sequence[MoEStats | None]) -> MoEStats | None:
     return jax.tree.map(lambda *a: jnp.concatenate(a), *sparse) if sparse else None
 
 
+def largest(x: jax.Array, k: int) -> jax.Array:
+    """Indices int32 [..., k] of the k largest of x [..., E], the largest first, the first among equals.
+
+    For each of the few one pass over all: XLA would gather the operand of its own top-k from all devices.
+    """
+    x = jnp.maximum(jax.lax.stop_gradient(x), jnp.finfo(x.dtype).min)  # ruled out still comes before taken
+    places, found = jnp.arange(x.shape[-1]), []
+    for _ in range(k):
+        found.append(x.argmax(axis=-1, keepdims=True).astype(jnp.int32))
+        x = jnp.where(places == found[-1], -jnp.inf, x)
+    return jnp.concatenate(found, axis=-1)
+
+
+def _two_largest(x: jax.Array) -> jax.Array:
+    """Their sum [...] of x [..., E]."""
+    return jnp.take_along_axis(x, largest(x, 2), axis=-1).sum(axis=-1)
+
+
 def route(p: Params, x: jax.Array, m: MoE) -> Routing:
     """The experts of each token. x [..., D]; router logits and scores are float32 whatever x is."""
     # At full precision on every device: a rounded logit would send tokens to other experts.
@@ -73,11 +91,12 @@ def route(p: Params, x: jax.Array, m: MoE) -> Routing:
         weights, experts = _sparse_mixer(logits, m)
         return Routing(weights, experts, logits, jax.nn.softmax(logits, axis=-1))
     if m.score == "softmax_topk":
-        top, experts = jax.lax.top_k(logits, m.top_k)
+        experts = largest(logits, m.top_k)
+        top = jnp.take_along_axis(logits, experts, axis=-1)
         return Routing(jax.nn.softmax(top, axis=-1) * m.scale, experts, logits, jax.nn.softmax(logits, axis=-1))
     scores = jax.nn.softmax(logits, axis=-1) if m.score == "softmax" else jax.nn.sigmoid(logits)
     preference = scores + p["select_b"].astype(jnp.float32) if m.select_bias else scores
-    _, experts = jax.lax.top_k(_limit_groups(preference, m), m.top_k)
+    experts = largest(_limit_groups(preference, m), m.top_k)
     weights = jnp.take_along_axis(scores, experts, axis=-1)
     if m.normalize:
         weights /= weights.sum(axis=-1, keepdims=True) + 1e-20
@@ -109,8 +128,8 @@ def _limit_groups(preference: jax.Array, m: MoE) -> jax.Array:
     if m.groups == 1:
         return preference
     grouped = preference.reshape(*preference.shape[:-1], m.groups, m.num_experts // m.groups)
-    best = grouped.max(axis=-1) if m.group_score == "max" else jax.lax.top_k(grouped, 2)[0].sum(axis=-1)
-    kept = jax.nn.one_hot(jax.lax.top_k(best, m.top_groups)[1], m.groups).sum(axis=-2)
+    best = grouped.max(axis=-1) if m.group_score == "max" else _two_largest(grouped)
+    kept = jax.nn.one_hot(largest(best, m.top_groups), m.groups).sum(axis=-2)
     return jnp.where(kept[..., None] > 0, grouped, -jnp.inf).reshape(preference.shape)
 
 

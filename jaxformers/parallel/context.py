@@ -22,7 +22,7 @@ from jaxformers.models.attention import Scores, dot_product
 from jaxformers.models.blockwise import blockwise_attention, head_slopes
 from jaxformers.models.config import ModelConfig
 from jaxformers.models.masks import Visibility
-from jaxformers.parallel.mesh import AXES, spec_of
+from jaxformers.parallel.mesh import AXES, nearest_multiples, spec_of
 from jaxformers.parallel.ring import ring_attention
 from jaxformers.parallel.ulysses import ulysses_attention
 
@@ -83,11 +83,9 @@ def _kv_heads(cfg: ModelConfig) -> int:
 def _check_length(cp: int, group: int, length: int) -> None:
     unit = cp if group == cp else 2 * cp
     if length % unit:
-        below, above = length // unit * unit, (length // unit + 1) * unit
-        nearest = f"{below} and {above}" if below else f"{above}"
         raise ValueError(
             f"data.sequence_length is {length}, which cp={cp} cannot split into {unit} equal parts; "
-            f"nearest legal: {nearest}"
+            f"nearest legal: {nearest_multiples(length, of=unit)}"
         )
 
 

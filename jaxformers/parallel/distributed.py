@@ -93,17 +93,18 @@ def differing(value: str) -> list[int]:
 
 
 def together(function: Callable[..., Any], what: str) -> Callable[..., Any]:
-    """A jitted function that always gets arguments of the same shapes, and that no process begins to run before all
-    have compiled it, as some may find it in a cache that others lack. `what` completes: a process did not ..."""
+    """A jitted function that no process begins to run before all have compiled it for arguments of these shapes, as
+    some may find it in a cache that others lack. `what` completes: a process did not ..."""
     if jax.process_count() == 1:
         return function
-    compiled: list[Callable[..., Any]] = []
+    compiled: dict[tuple[tuple[int, ...], ...], Callable[..., Any]] = {}
 
     def call(*arguments: Any) -> Any:
-        if not compiled:
-            compiled.append(function.lower(*arguments).compile())
+        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(arguments))
+        if shapes not in compiled:
+            compiled[shapes] = function.lower(*arguments).compile()
             wait_for_all(what)
-        return compiled[0](*arguments)
+        return compiled[shapes](*arguments)
 
     return call
 

@@ -10,7 +10,7 @@ to the devices of its experts and back (`alltoall`). Knows nothing of routing: w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 from jaxformers.models.config import ModelConfig
 from jaxformers.models.ffn import Mixed, local_experts, run_experts, weigh
 from jaxformers.models.params import Params, moe_spec
-from jaxformers.parallel.mesh import RULES, spec_of
+from jaxformers.parallel.mesh import RULES, axes_in, nearest, spec_of
 
 Dispatch = Literal["auto", "allgather", "alltoall"]
 # A way to mix: (experts' weights of this device, x [m, D], weights [m, k], experts [m, k], config) -> float32 [m, D]
@@ -67,12 +67,8 @@ def _check_experts(cfg: ModelConfig, ep: int) -> None:
         raise ValueError(f"mesh: ep={ep} needs a model with experts, which {cfg.family} is not; use dp or fsdp")
     count = cfg.moe.num_experts
     if count % ep:
-        legal = [size for size in range(1, count + 1) if count % size == 0]
-        near = [max(size for size in legal if size < ep), *(size for size in legal if size > ep)][:2]
-        raise ValueError(
-            f"mesh: ep={ep} does not divide the model's {count} experts; nearest are "
-            + " and ".join(f"ep={size}" for size in near)
-        )
+        legal = nearest(ep, (size for size in range(1, count + 1) if count % size == 0))
+        raise ValueError(f"mesh: ep={ep} does not divide the model's {count} experts; nearest legal: {legal}")
 
 
 def _island(
@@ -81,7 +77,7 @@ def _island(
     """`local_experts` with every array in its place on the mesh: x [B, T, D] -> [B, T, D]."""
     rows = spec_of(("batch", "seq", None), x.shape, mesh)
     token_axes = tuple(axis for name in ("batch", "seq") for axis in RULES[name] if mesh.shape[axis] > 1)
-    lost = set(token_axes) - set(_axes_in(rows))
+    lost = set(token_axes) - set(axes_in(rows))
     if lost:
         raise ValueError(
             f"a batch of {x.shape[0]} rows of {x.shape[1]} tokens cannot be split over "
@@ -89,12 +85,12 @@ def _island(
         )
     specs = {name: s for name, s in moe_spec(cfg).items() if not isinstance(s, dict) and "experts" in s.axes}
     places = {name: spec_of(s.axes, s.shape, mesh) for name, s in specs.items()}
-    split_width = "tp" in _axes_in(places["down"])  # F is split: each device's output is one term of a sum
+    split_width = "tp" in axes_in(places["down"])  # F is split: each device's output is one term of a sum
     apart = (*token_axes, "tp") if split_width else token_axes  # axes over which devices compute different things
 
     def own(w: jax.Array, place: P) -> jax.Array:
         # Before it is cast for use, so that gradients are summed over devices in the dtype that it is kept in.
-        shared = tuple(axis for axis in apart if axis not in _axes_in(place))
+        shared = tuple(axis for axis in apart if axis not in axes_in(place))
         return lax.pcast(w, shared, to="varying") if shared else w
 
     def body(p: Params, x: jax.Array, weights: jax.Array, experts: jax.Array) -> Mixed:
@@ -117,11 +113,6 @@ def _island(
         out_specs=Mixed(rows, P()),
     )
     return island({name: p[name] for name in places}, x, weights, experts)
-
-
-def _axes_in(spec: P) -> Sequence[str]:
-    """The mesh axes that a spec names."""
-    return [axis for entry in spec if entry for axis in ((entry,) if isinstance(entry, str) else entry)]
 
 
 def _whole_inputs(w: jax.Array, place: P) -> jax.Array:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -66,8 +66,25 @@ class MeshConfig(BaseModel):
         fixed = math.prod(size for size in wanted.values() if size != "auto")
         if num_devices % fixed or (not free and fixed != num_devices):
             need = f"{fixed} device{'s' if fixed > 1 else ''}"
-            raise ValueError(f"mesh: {shown or 'all sizes 1'} needs {need}, but there are {num_devices}")
+            legal = [size for size in range(1, num_devices + 1) if num_devices % size == 0] if free else [num_devices]
+            raise ValueError(
+                f"mesh: {shown or 'all sizes 1'} needs {need}, but there are {num_devices}; "
+                f"nearest legal: {nearest(fixed, legal)}"
+            )
         return {axis: num_devices // fixed if size == "auto" else size for axis, size in wanted.items()}
+
+
+def nearest(value: int, legal: Iterable[int]) -> str:
+    """The legal value next below and the one next above one that is not, for the line that refuses it: `4 and 8`; only
+    one of them where there is no other."""
+    legal = sorted(legal)
+    near = [*[size for size in legal if size < value][-1:], *[size for size in legal if size > value][:1]]
+    return " and ".join(str(size) for size in near)
+
+
+def nearest_multiples(value: int, *, of: int) -> str:
+    """`nearest` among the multiples of a number."""
+    return nearest(value, range(of, value + of + 1, of))
 
 
 def make_mesh(config: MeshConfig = MeshConfig(), *, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -155,3 +172,22 @@ def gatherer(mesh: Mesh, *, leave: Sequence[str] = ()) -> Callable[[Params, Para
         return shard(w, *(None if axis == "embed" else axis for axis in spec.axes))
 
     return lambda params, specs: jax.tree.map(whole, specs, params)
+
+
+def keep_all_but_gathered(mesh: Mesh) -> Callable[..., bool] | None:
+    """The `keep` of a `Runtime`: all but weights that were brought together over fsdp, which are told by it that they
+    are not split by it, as every activation is; None where nothing is."""
+    if mesh.shape["fsdp"] == 1:
+        return None
+
+    def keep(primitive: Any, *_operands: Any, **params: Any) -> bool:
+        if primitive.name == "sharding_constraint":
+            return "fsdp" in axes_in(params["sharding"].spec)
+        return not (primitive.name == "all_gather" and "fsdp" in params["axis_name"])
+
+    return keep
+
+
+def axes_in(spec: PartitionSpec) -> list[str]:
+    """The mesh axes that a spec names."""
+    return [axis for entry in spec if entry for axis in ((entry,) if isinstance(entry, str) else entry)]

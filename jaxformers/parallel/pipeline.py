@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxformers.models.config import ModelConfig, longest_stack, plan_stacks
 from jaxformers.models.params import Params, model_spec
-from jaxformers.parallel.mesh import sharder
+from jaxformers.parallel.mesh import nearest, nearest_multiples, sharder
 
 Schedule = Literal["gpipe", "interleaved", "1f1b"]
 # (layers [R', ...], x [b, T, D], rows of b, active [R'] or None) -> (x [b, T, D], sums [R', ...])
@@ -106,7 +106,7 @@ class Pipeline:
         # that `shard_map` would insert makes XLA:CPU abort in bfloat16.
         xs = jnp.broadcast_to(xs, (self.stages, *xs.shape))
         ys, sums = ring(layers, xs, rows, self.active)
-        return self._join(ys[-1]), self._in_order(sums)
+        return self._join(_of_stage(ys, self.stages - 1)), self._in_order(sums)
 
     def loss(
         self, stage: StageFunction, last: LastFunction, layers: Any, tail: Any, x: jax.Array, rows: Any, rates: Any
@@ -152,7 +152,7 @@ class Pipeline:
         )
         d_layers, d_tail, d_xs, sums, of_last = ring(layers, tail, xs, rows, rates, self.active)
         d_tail, (value, more, further) = jax.tree.map(lambda a: a.sum(axis=0), (d_tail, of_last))
-        return (value, self._in_order(sums), more, further), (d_layers, d_tail, self._join(d_xs[0]))
+        return (value, self._in_order(sums), more, further), (d_layers, d_tail, self._join(_of_stage(d_xs, 0)))
 
     def _split(self, a: jax.Array) -> jax.Array:
         """[B, T, ...] -> [M, b, T, ...], interleaved: every device keeps its rows."""
@@ -185,11 +185,11 @@ def plan_pipeline(
     count = 2 * n if microbatches is None else microbatches
     step = n if schedule == "interleaved" else 1
     if rows % count or count % step:
-        legal = [c for c in range(1, rows + 1) if rows % c == 0 and c % step == 0]
+        legal = nearest(count, (c for c in range(1, rows + 1) if rows % c == 0 and c % step == 0))
         group = f", and to come in groups of pp={n} when interleaved" if step > 1 else ""
         raise ValueError(
             f"runtime.microbatches is {count}, but has to divide the {rows} rows that a device has of a step{group}; "
-            f"{_nearest(count, legal, otherwise='take more rows')}"
+            f"{f'nearest legal: {legal}' if legal else f'take {step} rows or more'}"
         )
     chunks = n * (virtual_stages if schedule == "interleaved" else 1)
     return Pipeline(mesh, schedule, count, _repeats(cfg, chunks, stages))
@@ -208,17 +208,12 @@ def _repeats(cfg: ModelConfig, chunks: int, stages: Sequence[int] | None) -> tup
             )
         return tuple(stages)
     if stack.repeats % chunks:
-        below = stack.repeats // chunks * chunks
-        near = " or ".join(str(r) for r in (below, below + chunks) if r)
+        fewer = nearest(chunks, (c for c in range(1, stack.repeats + 1) if stack.repeats % c == 0))
+        near = f"{fewer} stages, or {nearest_multiples(stack.repeats, of=chunks)} {unit.split()[0]}"
         even = [len(part) for part in np.array_split(np.arange(stack.repeats), chunks)]
         uneven = f", or set runtime.stages={even}" if min(even) else ""
-        raise ValueError(f"mesh.pp: {chunks} stages do not divide {whole}; the nearest that they do are {near}{uneven}")
+        raise ValueError(f"mesh.pp: {chunks} stages do not divide {whole}; nearest legal: {near}{uneven}")
     return (stack.repeats // chunks,) * chunks
-
-
-def _nearest(value: int, legal: Sequence[int], *, otherwise: str) -> str:
-    near = [*[c for c in legal if c < value][-1:], *[c for c in legal if c > value][:1]]
-    return f"nearest are {' and '.join(map(str, near))}" if near else otherwise
 
 
 def _map_pipelined(function: Callable[[Any], Any], params: Params, cfg: ModelConfig) -> Params:
@@ -241,6 +236,12 @@ def _like(rates: Any, sums: Any) -> Any:
 
 def _take(tree: Any, i: jax.Array) -> Any:
     return jax.tree.map(lambda a: a[i], tree)
+
+
+def _of_stage(a: jax.Array, stage: int) -> jax.Array:
+    """One stage's part of a [n, ...], on every stage: a sum with zeros, as XLA sends all of a slice around before."""
+    mine = jnp.arange(a.shape[0]).reshape(-1, *(1,) * (a.ndim - 1)) == stage
+    return jax.lax.reduce(jnp.where(mine, a, 0), np.zeros((), a.dtype), jax.lax.add, (0,))
 
 
 def _shift(x: jax.Array, n: int, *, by: int) -> jax.Array:

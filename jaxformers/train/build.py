@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from jaxformers.models.config import ModelConfig
 from jaxformers.models.layout import block_spec, stack, unstack
 from jaxformers.models.params import Params, flops_per_token, init_params, model_spec
-from jaxformers.models.runtime import Runtime
+from jaxformers.models.runtime import HOST_MEMORY, Runtime
 from jaxformers.parallel.context import column_order, make_attend
 from jaxformers.parallel.distributed import together
 from jaxformers.parallel.experts import mesh_experts
@@ -31,6 +31,8 @@ from jaxformers.parallel.mesh import (
     SPLIT_REPLICAS,
     batch_shards,
     gatherer,
+    keep_all_but_gathered,
+    nearest_multiples,
     param_shardings,
     sharder,
 )
@@ -78,9 +80,11 @@ def make_runtime(config: RuntimeConfig, cfg: ModelConfig, mesh: Mesh, *, pipelin
     return Runtime(
         dtype=jnp.dtype(config.dtype),
         remat=config.remat,
+        offload=config.offload in ("residuals", "both"),
         layers=layers,
         shard=sharder(mesh, SEQUENCE_PARALLEL if config.sequence_parallel else RULES),
         gather=gatherer(mesh, leave=("experts",)),
+        keep=keep_all_but_gathered(mesh),
         experts=experts,
         run_stack=None if pipeline is None else pipeline.run,
         run_loss=pipeline.loss if pipeline is not None and pipeline.schedule == "1f1b" else None,
@@ -103,18 +107,43 @@ class Trainer:
 
     def check(self) -> None:
         """ValueError for settings that do not fit each other, before anything is compiled."""
+        self._check_rows()
         _ = self.learning_rate, self._runtime
         self._check_sequence_parallel()
+        self._check_offload()
         self._check_one_f_one_b()
         check_expert_bias(self.cfg, rate=self.loss.expert_bias_rate)
+
+    def _check_rows(self) -> None:
+        count, shards = self.train.accumulation, batch_shards(self.mesh.shape)
+        for size in self.train.batch_sizes.values():
+            if size // count % shards:
+                raise ValueError(
+                    f"train: a microbatch of {size // count} rows (batch_size {size} / accumulation {count}) cannot be "
+                    f"split over {shards} devices; nearest legal batch_size: "
+                    f"{nearest_multiples(size, of=count * shards)}"
+                )
 
     def _check_sequence_parallel(self) -> None:
         shards = self.mesh.shape["tp"] * self.mesh.shape["cp"]
         if self.runtime.sequence_parallel and self.sequence_length % shards:
-            below = self.sequence_length // shards * shards
             raise ValueError(
                 f"runtime: sequence_parallel cannot split rows of {self.sequence_length} tokens over {shards} devices; "
-                f"nearest it can are {' and '.join(str(n) for n in (below, below + shards) if n)}"
+                f"nearest legal: {nearest_multiples(self.sequence_length, of=shards)}"
+            )
+
+    def _check_offload(self) -> None:
+        offload, device = self.runtime.offload, self.mesh.local_devices[0]
+        kinds = [memory.kind for memory in device.addressable_memories()]
+        if offload != "none" and HOST_MEMORY not in kinds:
+            raise ValueError(
+                f"runtime: offload={offload} needs memory of the kind {HOST_MEMORY}, which {device.platform} devices "
+                f"do not have (only {', '.join(kinds)}); use offload=none"
+            )
+        if offload in ("residuals", "both") and self.runtime.remat == "none":
+            raise ValueError(
+                f"runtime: offload={offload} moves what remat keeps, but remat is none; use remat=full, dots or "
+                "projections, or offload=" + ("optimizer" if offload == "both" else "none")
             )
 
     def _check_one_f_one_b(self) -> None:
@@ -151,15 +180,19 @@ class Trainer:
     @cached_property
     def _pipeline(self) -> Pipeline | None:
         """How layers are cut into stages. ValueError for a cut that does not fit the model, the mesh or the batch."""
-        return plan_pipeline(
-            self.cfg,
-            self.mesh,
-            rows=self.train.batch_size // self.train.accumulation // batch_shards(self.mesh.shape),
-            schedule=self.runtime.pipeline,
-            microbatches=self.runtime.microbatches,
-            virtual_stages=self.runtime.virtual_stages,
-            stages=self.runtime.stages,
-        )
+        plans = [
+            plan_pipeline(
+                self.cfg,
+                self.mesh,
+                rows=size // self.train.accumulation // batch_shards(self.mesh.shape),
+                schedule=self.runtime.pipeline,
+                microbatches=self.runtime.microbatches,
+                virtual_stages=self.runtime.virtual_stages,
+                stages=self.runtime.stages,
+            )
+            for size in self.train.batch_sizes.values()
+        ]
+        return plans[0]  # rows only decide whether there is one
 
     @cached_property
     def _spec(self) -> Params:
@@ -196,8 +229,24 @@ class Trainer:
         return state_shardings(self._abstract(self._spec, self.tx))
 
     def _abstract(self, spec: Params, tx: optax.GradientTransformation) -> TrainState:
+        memory = HOST_MEMORY if self._offloads_moments else None
         split = self.runtime.zero > 0
-        return abstract_state(spec, tx, self.mesh, guard=self.guard, ema=self._ema, split_moments=split)
+        return abstract_state(
+            spec, tx, self.mesh, guard=self.guard, ema=self._ema, split_moments=split, moments_memory=memory
+        )
+
+    @property
+    def _offloads_moments(self) -> bool:
+        return self.runtime.offload in ("optimizer", "both")
+
+    def _fetch(self, state: TrainState, places: TrainState) -> TrainState:
+        """A state that lies in these places with all of it in the memory of devices, where it can be computed on."""
+        here = self.mesh.local_devices[0].default_memory().kind
+
+        def fetch(a: jax.Array, place: NamedSharding) -> jax.Array:
+            return jax.device_put(a, place.with_memory_kind(here)) if place.memory_kind == HOST_MEMORY else a
+
+        return jax.tree.map(fetch, state, places) if self._offloads_moments else state
 
     def _place_gradient(self, grads: Params) -> Params:
         """Gradients where the parameters are, or split among replicas."""
@@ -233,14 +282,21 @@ class Trainer:
         """The state to run from, of one in the form that checkpoints hold, which is used up."""
         if self._is_plain:
             return state
-        inward = jax.jit(partial(map_params, self._inward), out_shardings=self._places)
-        return together(inward, "compile the way from a checkpoint")(state)
+        before = state_shardings(self.plain_state)
+
+        def inward(state: TrainState) -> TrainState:
+            return map_params(self._inward, self._fetch(state, before))
+
+        return together(jax.jit(inward, out_shardings=self._places), "compile the way from a checkpoint")(state)
 
     def to_plain(self, state: TrainState) -> TrainState:
         """The form that checkpoints hold, of a state to run from, which stays."""
         if self._is_plain:
             return state
-        outward = partial(map_params, self._outward)
+
+        def outward(state: TrainState) -> TrainState:
+            return map_params(self._outward, self._fetch(state, self._places))
+
         return together(jax.jit(outward, out_shardings=state_shardings(self.plain_state)), "compile the save")(state)
 
     @property
@@ -259,7 +315,7 @@ class Trainer:
     @cached_property
     def program(self) -> Program:
         """The compiled step and evaluation, with what the loop needs to know of their cost."""
-        rows = self.train.batch_size // self.train.accumulation
+        rows = max(self.train.batch_sizes.values()) // self.train.accumulation
         step = make_train_step(
             self._with_settings(lm_loss, rows=rows),
             self.tx,
@@ -271,13 +327,14 @@ class Trainer:
             balance=self._balance,
             place_gradient=self._place_gradient,
             extend=self._look_ahead,
+            fetch=partial(self._fetch, places=self._places),
         )
         peak = peak_flops(self.mesh.devices.flat[0], self.runtime.dtype)
         return Program(
             step=together(jax.jit(step, donate_argnums=0, out_shardings=(self._places, None)), "compile the step"),
             evaluate=together(jax.jit(self._with_settings(eval_sums, rows=rows)), "compile the evaluation"),
             to_plain=self.to_plain,
-            tokens_per_step=self.train.batch_size * self.sequence_length,
+            tokens_after=lambda step: self.train.rows_before(step) * self.sequence_length,
             flops_per_token=flops_per_token(self.cfg, self.sequence_length, mtp=self.runs_mtp),
             peak_flops=None if peak is None else peak * self.mesh.size,
         )

@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from jaxformers.parallel.mesh import nearest_multiples
+
 STRICT = ConfigDict(extra="forbid", frozen=True)
 
 
@@ -20,6 +22,11 @@ class RuntimeConfig(BaseModel):
     remat: Literal["none", "full", "dots", "projections"] = Field(
         "none",
         description="What the backward pass recomputes: nothing, whole layers, all but matmuls, all but projections.",
+    )
+    offload: Literal["none", "optimizer", "residuals", "both"] = Field(
+        "none",
+        description="What waits in the host's memory between uses: the optimizer's state (and the average), what remat "
+        "keeps of each layer for the backward pass, or both.",
     )
     layers: Literal["auto", "scan", "unroll"] = Field(
         "auto",
@@ -145,6 +152,7 @@ class TrainConfig(BaseModel):
 
     steps: int = Field(1000, ge=1, description="Updates in the whole run.")
     batch_size: int = Field(8, ge=1, description="Rows in an update, over all devices and microbatches.")
+    batch_ramp: dict[int, int] = Field({}, description="Another batch_size from given steps on.")
     accumulation: int = Field(1, ge=1, description="Microbatches an update is computed in, one after the other.")
     log_every: int = Field(1, ge=1, description="Steps between lines of metrics.jsonl.")
     eval_every: int | None = Field(None, ge=1, description="Steps between evaluations; null = only at the end.")
@@ -156,9 +164,28 @@ class TrainConfig(BaseModel):
 
     @model_validator(mode="after")
     def _microbatches(self) -> TrainConfig:
-        if self.batch_size % self.accumulation:
-            raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulation {self.accumulation}")
+        for step in self.batch_ramp:
+            if step < 1:
+                raise ValueError(f"batch_ramp has step {step}; steps are at least 1, a run begins with batch_size")
+        for step, rows in self.batch_sizes.items():
+            if rows < 1 or rows % self.accumulation:
+                key = f"batch_ramp.{step}" if step else "batch_size"
+                legal = nearest_multiples(rows, of=self.accumulation)
+                raise ValueError(
+                    f"{key} {rows} is not a multiple of accumulation {self.accumulation}; nearest legal: {legal}"
+                )
         return self
+
+    @property
+    def batch_sizes(self) -> dict[int, int]:
+        """Rows of an update from each step on, by step; the first is 0."""
+        return {0: self.batch_size} | dict(sorted(self.batch_ramp.items()))
+
+    def rows_before(self, step: int) -> int:
+        """Rows that the first `step` updates read."""
+        starts = [*self.batch_sizes, step]
+        spans = zip(starts, starts[1:], self.batch_sizes.values(), strict=False)
+        return sum(max(min(end, step) - start, 0) * rows for start, end, rows in spans)
 
 
 class GuardConfig(BaseModel):
@@ -180,6 +207,22 @@ class GuardConfig(BaseModel):
     spike_window: int = Field(64, ge=8, le=4096, description="How many losses are the last ones.")
     max_skipped: int = Field(
         10, ge=1, description="Updates left out in a row before the run stops, its newest checkpoint untouched."
+    )
+
+
+class WatchdogConfig(BaseModel):
+    """When a run counts as standing still, and what happens then."""
+
+    model_config = STRICT
+
+    factor: float | None = Field(
+        20.0, gt=1, description="A step may take this many times the median of the last ones; null = no watching."
+    )
+    least_seconds: float = Field(60.0, gt=0, description="What a step may take in any case.")
+    action: Literal["log", "end"] = Field(
+        "log",
+        description="Where all threads are goes to RUN/stalls.log; end: and the process ends, for "
+        "`launch --restarts` to start it again.",
     )
 
 

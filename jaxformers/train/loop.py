@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,13 +30,14 @@ class Program:
     """What a run computes.
 
     `step(state, batch)` -> (state, metrics); `evaluate(params, batch)` -> (nll sum, weight sum); `to_plain(state)`
-    -> the form that checkpoints hold. flops_per_token and peak_flops (of all devices) give MFU; None = unknown.
+    -> the form that checkpoints hold; `tokens_after(step)` counts the positions that the first `step` steps read.
+    flops_per_token and peak_flops (of all devices) give MFU; None = unknown.
     """
 
     step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
     evaluate: Callable[[Any, Any], tuple[jax.Array, jax.Array]]
     to_plain: Callable[[TrainState], TrainState]
-    tokens_per_step: int
+    tokens_after: Callable[[int], int]
     flops_per_token: float
     peak_flops: float | None
 
@@ -56,7 +57,7 @@ def train(
     program: Program,
     state: TrainState,
     batches: Iterator[Any],
-    validation: Sequence[Any],
+    validation: Mapping[str, Sequence[Any]],
     config: TrainConfig,
     *,
     place: Callable[[Any], Any],
@@ -69,8 +70,9 @@ def train(
 ) -> Result:
     """Takes steps until `config.steps`, a stop signal, or the end of the data; saves the last state either way.
 
-    `place` puts a host batch on the mesh. `go_back(state)` gives the newest checkpoint's state at the step of the given
-    one; None where there is no checkpoint. On SIGTERM or SIGINT the step in progress is finished and saved.
+    `validation` are batches by the name of their source. `place` puts a host batch on the mesh. `go_back(state)` gives
+    the newest checkpoint's state at the step of the given one; None where there is no checkpoint. On SIGTERM or SIGINT
+    the step in progress is finished and saved.
     CheckpointError if a save fails; Diverged where guards end the run.
     """
     step = int(state.step)
@@ -131,13 +133,27 @@ def _gone_back(
     return before
 
 
-def evaluate(program: Program, params: Any, batches: Sequence[Any], place: Callable[[Any], Any]) -> dict[str, float]:
-    """Mean cross-entropy in nats per target over validation batches; empty where there are none."""
+def evaluate(
+    program: Program, params: Any, sources: Mapping[str, Sequence[Any]], place: Callable[[Any], Any]
+) -> dict[str, float]:
+    """Mean cross-entropy in nats per target over the validation batches of all sources, and where there are several
+    also of each; empty where there are none."""
+    sums = {name: _sums(program, params, batches, place) for name, batches in sources.items()}
+    sums = {name: (nll, weight) for name, (nll, weight) in sums.items() if weight}
+    if not sums:
+        return {}
+    nll, weight = map(sum, zip(*sums.values(), strict=True))
+    by_source = {f"validation_loss/{name}": nll / weight for name, (nll, weight) in sums.items()}
+    return {"validation_loss": nll / weight, **(by_source if len(sources) > 1 else {})}
+
+
+def _sums(program: Program, params: Any, batches: Sequence[Any], place: Callable[[Any], Any]) -> tuple[float, float]:
+    """Cross-entropy in nats and the weight of its targets, summed."""
     nll = weight = 0.0
     for batch in batches:
         sums = jax.device_get(program.evaluate(params, place(batch)))
         nll, weight = nll + float(sums[0]), weight + float(sums[1])
-    return {"validation_loss": nll / weight} if weight else {}
+    return nll, weight
 
 
 class Reporter:
@@ -164,24 +180,27 @@ class Reporter:
 
     def _measure(self, step: int, values: dict[str, Any]) -> dict[str, Any]:
         now = time.perf_counter()
-        seconds = (now - self._last) / (1 if self._last_step is None else step - self._last_step)
+        before = step - 1 if self._last_step is None else self._last_step
+        seconds, tokens = (now - self._last) / (step - before), self._program.tokens_after(step)
+        rate = (tokens - self._program.tokens_after(before)) / (now - self._last)
         self._last, self._last_step = now, step
-        rate = self._program.tokens_per_step / seconds
         peak = self._program.peak_flops
         return {
             **{name: value.item() if value.ndim == 0 else value.tolist() for name, value in values.items()},
-            "tokens": step * self._program.tokens_per_step,
+            "tokens": tokens,
             "tokens_per_second": rate,
             "step_seconds": seconds,
             "mfu": None if peak is None else rate * self._program.flops_per_token / peak,
         }
 
-    def validate(self, step: int, params: Any, batches: Sequence[Any]) -> dict[str, float]:
+    def validate(self, step: int, params: Any, sources: Mapping[str, Sequence[Any]]) -> dict[str, float]:
         """Evaluates and says so; empty where there is nothing to evaluate on."""
-        validation = evaluate(self._program, params, batches, self._place)
+        validation = evaluate(self._program, params, sources, self._place)
         if validation:
             self._trackers.log(step, validation)
-            self._display.say(f"step {step}: validation loss {validation['validation_loss']:.4f} nats")
+            parts = [f"{name.partition('/')[2]} {loss:.4f}" for name, loss in validation.items() if "/" in name]
+            said = f" ({', '.join(parts)})" if parts else ""
+            self._display.say(f"step {step}: validation loss {validation['validation_loss']:.4f} nats{said}")
         return validation
 
     @contextmanager

@@ -46,16 +46,20 @@ def abstract_state(
     guard: GuardConfig,
     ema: bool,
     split_moments: bool = False,
+    moments_memory: str | None = None,
 ) -> TrainState:
     """The state's shapes, dtypes and shardings, without allocating: what a checkpoint is restored into.
 
     spec is the tree of `ParamSpec`s that the parameters follow: `model_spec`'s or `block_spec`'s.
-    split_moments: replicas of the parameters share one copy of the moments and the average.
+    split_moments: replicas of the parameters share one copy of the moments and the average. moments_memory: the kind of
+    memory that these are in, None = the device's.
     """
     params = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, jnp.float32), spec)
     shapes = jax.eval_shape(lambda p: new_state(p, tx, jax.random.key(0), guard=guard, ema=ema), params)
     placed, whole = param_shardings(spec, mesh), replicated(mesh)
     shared = param_shardings(spec, mesh, SPLIT_REPLICAS if split_moments else RULES)
+    if moments_memory is not None:
+        shared = jax.tree.map(lambda place: place.with_memory_kind(moments_memory), shared)
     moments = optax.tree.map_params(
         tx, lambda _, place: place, shapes.opt_state, shared, transform_non_params=lambda _: whole
     )

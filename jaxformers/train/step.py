@@ -72,14 +72,15 @@ def make_train_step(
     balance: Callable[[Params, jax.Array], Params] | None = None,
     place_gradient: Callable[[Params], Params] = lambda grads: grads,
     extend: Callable[[Batch], Batch] = lambda batch: batch,
+    fetch: Callable[[TrainState], TrainState] = lambda state: state,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The function (state, batch) -> (state after one update, metrics as float32 scalars).
+    """The function (state, batch) -> (state after one update, metrics as scalars: counts int32, all others float32).
 
     schedule is the one `tx` follows, to be reported. guard says which updates are left out. grad_norm is the global
     norm before clipping to `clip_norm`.
     balance(parameters, load [sparse layers, E]) moves, after the optimizer, what it does not: experts' biases.
     place_gradient pins a microbatch's gradient to its place on the mesh. extend gives the batch what the loss needs
-    beside it, before it is split.
+    beside it, before it is split. fetch brings what of a state is elsewhere to the devices, for the update.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -87,6 +88,7 @@ def make_train_step(
         value, sums, grads = value_and_gradient(
             loss, state.params, batch, accumulation=accumulation, place_gradient=place_gradient
         )
+        state = fetch(state)
         norm = optax.tree.norm(grads)
         scale = clip_scale(norm, clip_norm)
         grads = jax.tree.map(lambda g: g * scale, grads)

@@ -2,11 +2,15 @@
 
 import json
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
+from jaxformers import cli
+from jaxformers.data.cache import open_cache
 from jaxformers.data.config import DataConfig
 from jaxformers.data.tokenizer import Tokenizer, byte_tokenizer
 
@@ -44,3 +48,59 @@ def jsonl(tmp_path: Path, texts: list[str]) -> Path:
 @pytest.fixture
 def config(tmp_path: Path, jsonl: Path) -> DataConfig:
     return DataConfig(paths=str(jsonl), cache_dir=tmp_path / "cache", sequence_length=32, packing_window=8, workers=1)
+
+
+@pytest.fixture(scope="session")
+def corpus() -> list[str]:
+    """Documents with what a format might lose: quotes, line breaks of three kinds, tabs, commas, non-ASCII."""
+    odd = [
+        'a "quoted", text\r\nof two lines',
+        "tab\there\rand there",
+        " spaces around ",
+        "'",
+        '"',
+        "ends in \\",
+        "é🙂\0x",
+    ]
+    return [f"{number}: {text}\n{'word ' * (number % 5)}" for number, text in enumerate(odd * 6)]
+
+
+@pytest.fixture(scope="session")
+def expected(corpus: list[str], bytes_tokenizer: Tokenizer, tmp_path_factory) -> tuple[bytes, bytes]:
+    """tokens.bin and documents.bin of that corpus, as JSON lines give them."""
+    folder = tmp_path_factory.mktemp("expected")
+    (folder / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in corpus))
+    made = DataConfig(paths=f"{folder}/corpus.jsonl", cache_dir=folder / "cache", workers=1)
+    directory = open_cache(made, bytes_tokenizer).directory
+    return (directory / "tokens.bin").read_bytes(), (directory / "documents.bin").read_bytes()
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def mistake(self) -> str:
+        """What a user's mistake is answered with, checked to be that and nothing else."""
+        assert (self.code, self.out) == (2, ""), self
+        (line,) = self.err.splitlines()
+        return line.removeprefix("jaxformers: ")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys) -> Callable[..., Outcome]:
+    """`run("data", "inspect", path)`: the command in this process."""
+
+    def call(*arguments) -> Outcome:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["jaxformers", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        return Outcome(code, *capsys.readouterr())
+
+    return call

@@ -155,7 +155,9 @@ def test_copies_of_a_document_stay_on_one_side_and_new_documents_move_none(confi
 
 
 @settings(max_examples=100, deadline=None)
-@given(hashes=st.lists(st.integers(0, 2**64 - 1), min_size=2, max_size=8), fraction=st.floats(1e-9, 0.999999))
+@given(
+    hashes=st.lists(st.integers(0, 2**64 - 1), min_size=2, max_size=8, unique=True), fraction=st.floats(1e-9, 0.999999)
+)
 def test_no_side_is_empty_where_both_are_wanted(hashes, fraction):
     held_out = split(np.array(hashes, np.uint64), fraction)
     assert 0 < held_out.sum() < len(hashes)

@@ -1,17 +1,18 @@
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxformers.data.packing import PackingPlan, first_fit, permutation
+from jaxformers.data.packing import PackingPlan, best_fit, first_fit, one_a_row, permutation
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=40)
 PLANS = st.fixed_dictionaries(
     {
         "sequence_length": st.integers(1, 16),
-        "packing": st.sampled_from(["first_fit", "concat"]),
+        "packing": st.sampled_from(["first_fit", "best_fit", "concat", "none"]),
         "window": st.integers(1, 12),
         "seed": st.integers(0, 2**63 - 1),
         "shuffle": st.booleans(),
@@ -33,26 +34,50 @@ def _epoch(plan: PackingPlan, epoch: int = 0) -> list[list[tuple[int, int, int]]
     return [_row(plan, epoch * plan.rows_per_epoch + n) for n in range(plan.rows_per_epoch)]
 
 
-def _slow_first_fit(lengths: list[int], capacity: int, window: int) -> list[list[tuple[int, int, int]]]:
-    """First-fit as its definition says it, one document and one row at a time."""
+def _slow_fit(
+    lengths: list[int], capacity: int, window: int, *, order: Callable, choose: Callable
+) -> list[list[tuple[int, int, int]]]:
+    """Full rows first; then each rest, in an order, goes to a row that is chosen among (room, row), or to a new one."""
     rows = []
     for first in range(0, len(lengths), window):
-        full, mixed = [], []
+        full, rests = [], []
         for document in range(first, min(first + window, len(lengths))):
             start, length = 0, lengths[document]
             while length - start >= capacity:
                 full.append([(document, start, capacity)])
                 start += capacity
             if start < length:
-                piece = (document, start, length - start)
-                for row in mixed:
-                    if sum(part[2] for part in row) + piece[2] <= capacity:
-                        row.append(piece)
-                        break
-                else:
-                    mixed.append([piece])
-        rows += full + mixed
+                rests.append((document, start, length - start))
+        mixed = []
+        for piece in order(rests):
+            rooms = [(capacity - sum(part[2] for part in row), n) for n, row in enumerate(mixed)]
+            row = choose([(room, n) for room, n in rooms if room >= piece[2]])
+            if row is None:
+                mixed.append([piece])
+            else:
+                mixed[row].append(piece)
+        rows += full + [sorted(row) for row in mixed]  # in a row, documents keep their order
     return rows
+
+
+def _slow_first_fit(lengths, capacity, window):
+    return _slow_fit(
+        lengths, capacity, window, order=list, choose=lambda rooms: min(n for _, n in rooms) if rooms else None
+    )
+
+
+def _slow_best_fit(lengths, capacity, window):
+    return _slow_fit(
+        lengths,
+        capacity,
+        window,
+        order=lambda rests: sorted(rests, key=lambda piece: -piece[2]),
+        choose=lambda rooms: min(rooms)[1] if rooms else None,
+    )
+
+
+def _slow_none(lengths, capacity, window):
+    return _slow_fit(lengths, capacity, window, order=list, choose=lambda rooms: None)
 
 
 def _slow_concat(lengths: list[int], capacity: int, window: int) -> list[list[tuple[int, int, int]]]:
@@ -70,7 +95,7 @@ def _slow_concat(lengths: list[int], capacity: int, window: int) -> list[list[tu
     return rows
 
 
-SLOW = {"first_fit": _slow_first_fit, "concat": _slow_concat}
+SLOW = {"first_fit": _slow_first_fit, "best_fit": _slow_best_fit, "concat": _slow_concat, "none": _slow_none}
 
 
 @settings(max_examples=150, deadline=None)
@@ -126,7 +151,7 @@ def test_efficiency_is_the_share_of_positions_with_a_token():
 
 def test_a_thousand_documents_a_window_waste_little():
     lengths = np.random.default_rng(0).lognormal(5.5, 1.0, 4096).astype(int) + 1
-    for packing, least in (("first_fit", 0.97), ("concat", 0.998)):
+    for packing, least in (("first_fit", 0.97), ("best_fit", 0.99), ("concat", 0.998)):
         assert _plan(lengths, sequence_length=1024, packing=packing, window=1024).efficiency > least
 
 
@@ -134,10 +159,11 @@ def test_no_document_is_no_row():
     assert _plan(np.empty(0, np.int64)).rows_per_epoch == 0
 
 
-def test_windows_are_packed_together_as_if_each_were_alone():
+@pytest.mark.parametrize("fit", [first_fit, best_fit, one_a_row])
+def test_windows_are_packed_together_as_if_each_were_alone(fit):
     lengths = np.random.default_rng(0).integers(0, 9, (50, 20))
-    alone = [first_fit(row[None, :], 8)[0] for row in lengths]
-    np.testing.assert_array_equal(first_fit(lengths, 8), alone)
+    alone = [fit(row[None, :], 8)[0] for row in lengths]
+    np.testing.assert_array_equal(fit(lengths, 8), alone)
 
 
 def _written_out_permutation(count: int, *key: int) -> list[int]:

@@ -41,13 +41,13 @@ def test_stdlib_stands_for_the_running_pythons_own_source():
             "{folder}/c.jsonl.bz2",
             "{folder}/c.jsonl.bz2: unknown compression '.bz2'; known are .jsonl.gz",
         ),
-        ("{folder}/t.txt.gz", "{folder}/t.txt.gz: unknown compression '.gz'; known are .jsonl.gz and .jsonl.zst"),
-        ("{folder}/d.parquet", "{folder}/d.parquet: '.parquet' files are not text"),
+        ("{folder}/t.txt.gz", "{folder}/t.txt.gz: unknown compression '.gz'; known are .jsonl.gz, .jsonl.zst"),
+        ("{folder}/d.tar", "{folder}/d.tar: '.tar' files are not text; known are .jsonl, "),
     ],
 )
 def test_a_glob_that_gives_nothing_to_read_is_named(tmp_path, pattern, said):
     (tmp_path / "skip").mkdir()
-    for name in ("skip/a.txt", "c.jsonl.bz2", "t.txt.gz", "d.parquet"):
+    for name in ("skip/a.txt", "c.jsonl.bz2", "t.txt.gz", "d.tar"):
         (tmp_path / name).write_bytes(b"x")
     with pytest.raises(ValueError) as error:
         find_files([pattern.format(folder=tmp_path)], ["*/skip/*"])
@@ -68,7 +68,7 @@ def _frames(content: bytes) -> bytes:
 def test_every_compression_of_a_jsonl_gives_the_same_documents(tmp_path, texts, suffix, pack):
     path = tmp_path / f"c.jsonl{suffix}"
     path.write_bytes(pack("".join(json.dumps({"text": text}) + "\n\n" for text in texts).encode()))
-    assert _texts(Piece(str(path))) == texts
+    assert _texts(Piece(str(path), format="jsonl")) == texts
 
 
 @pytest.mark.parametrize("suffix, pack", [(".gz", gzip.compress), (".zst", zstandard.compress)])
@@ -76,7 +76,7 @@ def test_a_compressed_file_that_was_cut_short_says_so(tmp_path, suffix, pack):
     path = tmp_path / f"c.jsonl{suffix}"
     content = b"".join(json.dumps({"text": os.urandom(200).hex()}).encode() + b"\n" for _ in range(2000))
     path.write_bytes(pack(content)[:-50_000])
-    *documents, last = read(Piece(str(path)), text_field="text")
+    *documents, last = read(Piece(str(path), format="jsonl"), text_field="text")
     assert documents
     assert all(isinstance(document, Document) for document in documents)
     assert isinstance(last, BadRecord)
@@ -86,7 +86,7 @@ def test_a_compressed_file_that_was_cut_short_says_so(tmp_path, suffix, pack):
 def test_bytes_that_are_no_compressed_data_are_one_bad_record(tmp_path):
     for suffix in (".gz", ".zst"):
         (tmp_path / f"c.jsonl{suffix}").write_bytes(b"certainly not compressed")
-        (record,) = read(Piece(str(tmp_path / f"c.jsonl{suffix}")), text_field="text")
+        (record,) = read(Piece(str(tmp_path / f"c.jsonl{suffix}"), format="jsonl"), text_field="text")
         assert name_of(record).startswith(f"{record.path}:1: damaged compressed data")
 
 
@@ -94,7 +94,7 @@ def test_without_zstandard_the_line_says_how_to_get_it(tmp_path, monkeypatch):
     (tmp_path / "c.jsonl.zst").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "zstandard", None)
     with pytest.raises(ValueError, match=r"needs zstandard: pip install 'jaxformers\[data\]'"):
-        list(read(Piece(str(tmp_path / "c.jsonl.zst")), text_field="text"))
+        list(read(Piece(str(tmp_path / "c.jsonl.zst"), format="jsonl"), text_field="text"))
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_without_zstandard_the_line_says_how_to_get_it(tmp_path, monkeypatch):
 def test_a_bad_line_is_named_and_the_lines_after_it_are_read(tmp_path, line, reason):
     path = tmp_path / "c.jsonl"
     path.write_bytes(b'{"text": "one"}\n\n' + line + b'\n{"text": "two"}')
-    first, bad, last = read(Piece(str(path)), text_field="text")
+    first, bad, last = read(Piece(str(path), format="jsonl"), text_field="text")
     assert (first.text, last.text) == ("one", "two")
     assert name_of(bad) == f"{path}:3: {reason}"
 
@@ -134,5 +134,5 @@ def test_a_file_that_cannot_be_opened_is_one_line(tmp_path):
 def test_the_pieces_of_a_jsonl_hold_every_line_once(tmp_path_factory, texts, size):
     path = tmp_path_factory.mktemp("pieces") / "c.jsonl"
     path.write_bytes("".join(json.dumps({"text": text}) + "\n" for text in texts).encode())
-    pieces = cut(SourceFile(str(path), path.stat().st_size, 0), size)
+    pieces = cut(SourceFile(str(path), path.stat().st_size, 0, "jsonl"), size)
     assert [text for piece in pieces for text in _texts(piece)] == texts

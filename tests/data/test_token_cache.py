@@ -16,6 +16,7 @@ from jaxformers.data.cache import open_cache
 from jaxformers.data.config import DataConfig
 from jaxformers.data.sources import Piece, SourceFile
 from jaxformers.data.tokenizer import load_tokenizer, train_tokenizer
+from jaxformers.data.workers import LocalPool
 
 
 @pytest.fixture
@@ -25,7 +26,8 @@ def small_shards(monkeypatch):
 
 
 def _files(directory) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in files}
 
 
 def _documents(cache) -> list[list[int]]:
@@ -110,9 +112,9 @@ def test_any_number_of_processes_writes_the_same_bytes(config, bytes_tokenizer, 
 
 
 def test_shards_are_cut_by_size_alone():
-    files = [SourceFile("a.txt", 10, 0), SourceFile("b.jsonl", 5 << 20, 0), SourceFile("c.txt", 3 << 20, 0)]
+    files = [SourceFile("a.txt", 10, 0), SourceFile("b.jsonl", 5 << 20, 0, "jsonl"), SourceFile("c.txt", 3 << 20, 0)]
     planned = shards.plan_shards(files)
-    assert planned[0] == (Piece("a.txt"), Piece("b.jsonl", 0, 1 << 20))
+    assert planned[0] == (Piece("a.txt"), Piece("b.jsonl", 0, 1 << 20, "jsonl"))
     assert [piece for shard in planned for piece in shard][-1] == Piece("c.txt")
     assert len(planned) == 6
 
@@ -351,12 +353,12 @@ def test_a_tokenizing_process_that_dies_is_reported(config, bytes_tokenizer, mon
 
 @pytest.mark.usefixtures("small_shards")
 def test_a_source_that_vanishes_while_processes_read_it_is_named(config, bytes_tokenizer, monkeypatch, jsonl):
-    write_shards = shards.write_shards
+    run = LocalPool.run
 
-    def vanishing(*arguments, **options):
+    def vanishing(*arguments):
         jsonl.unlink()
-        write_shards(*arguments, **options)
+        run(*arguments)
 
-    monkeypatch.setattr(shards, "write_shards", vanishing)
+    monkeypatch.setattr(LocalPool, "run", vanishing)
     with pytest.raises(ValueError, match=f"{jsonl}: cannot be read: No such file"):
         open_cache(config.model_copy(update={"workers": 2}), bytes_tokenizer)

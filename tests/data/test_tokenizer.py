@@ -1,6 +1,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import tokenizers
 from hypothesis import given, settings
@@ -300,6 +301,25 @@ def every_kind(tmp_path_factory, trained):
     made = {"sentencepiece": _sentencepiece_like(), "words": _word_level(), "pieces": piece_wise, "meta": meta}
     loaded = [load_tokenizer(_directory(folder / name, each)) for name, each in made.items()]
     return [byte_tokenizer(), trained, *loaded]
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), text=st.text("aé🙂 the\n\ufffd", max_size=12))
+def test_bytes_of_ids_are_those_of_their_text(every_kind, data, text):
+    tokenizer = data.draw(st.sampled_from(every_kind))
+    ids = np.array(tokenizer.encode(text), np.int64)
+    assert tokenizer.count_bytes(ids) == len(tokenizer.decode(ids).encode())
+
+
+def test_tokens_that_were_added_count_with_their_bytes_unless_they_are_special(tmp_path):
+    byte_tokenizer(["<|x|>"]).save(tmp_path)
+    made = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    made.add_tokens(["東京"])
+    made.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    ids = np.array(tokenizer.encode("a東京é<|x|>"))
+    assert tokenizer.count_bytes(ids) == len("a東京é".encode())
+    assert tokenizer.count_bytes(ids[:0]) == 0
 
 
 class TestTextStream:

@@ -15,7 +15,7 @@ from jaxformers.models.config import LayerKind, plan_stacks
 from jaxformers.models.decoder import forward, hidden_states
 from jaxformers.models.layout import block_spec, prepare, stack, unstack
 from jaxformers.models.params import abstract_params, init_params
-from jaxformers.models.runtime import POLICIES, Runtime
+from jaxformers.models.runtime import KEPT, Runtime
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 FULL, LOCAL, WIDE = LayerKind(), LayerKind(window=4), LayerKind(window=8)
@@ -115,7 +115,7 @@ def test_rematerialization_of_scanned_layers_needs_less_memory():
         step = jit(jax.grad(lambda params, tokens: forward(params, cfg, tokens, runtime=runtime).sum()))
         return step.lower(abstract_params(cfg), tokens).compile().memory_analysis().temp_size_in_bytes
 
-    sizes = {remat: temporary_bytes(remat) for remat in ("none", *POLICIES)}
+    sizes = {remat: temporary_bytes(remat) for remat in ("none", *KEPT)}
     assert sizes["full"] < 0.5 * sizes["none"], sizes
     assert sizes["full"] < sizes["projections"] < 0.7 * sizes["none"], sizes
     assert sizes["full"] < sizes["dots"] < 0.7 * sizes["none"], sizes

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
-from test_equal_to_one_device import (
+from runs import (
     DENSE,
     MODELS,
+    SINKS,
     WINDOWS,
     Case,
     assert_equal_to_one_device,
@@ -29,7 +30,16 @@ from jaxformers.config import load_config
 from jaxformers.families import read_config
 from jaxformers.models.attention import Scores, dot_product
 from jaxformers.models.blockwise import blockwise_attention
+from jaxformers.models.config import (
+    DynamicScaling,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    Rope,
+    YarnScaling,
+)
 from jaxformers.models.masks import Visibility
+from jaxformers.models.rope import rotation
 from jaxformers.parallel.context import LONG, column_order, group_size, make_attend, on_mesh
 from jaxformers.parallel.mesh import AXES, MeshConfig, batch_sharding, make_mesh
 from jaxformers.train.build import Trainer
@@ -142,6 +152,29 @@ def test_zigzag_gives_every_device_as_many_pairs_of_query_and_key():
     assert order("ulysses", sizes={"cp": 4, "tp": 1}) is None
 
 
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        None,
+        LinearScaling(4.0),
+        DynamicScaling(4.0, 16),
+        Llama3Scaling(8.0, 16, 1.0, 4.0),
+        YarnScaling(4.0, 16, attention_factor=1.2),
+        LongRopeScaling((1.0, 1.5), (2.0, 3.0), 16, 1.1, 1.3),
+    ],
+    ids=lambda scaling: type(scaling).__name__,
+)
+def test_positions_split_over_devices_in_zigzag_turn_as_whole_rows_do(scaling):
+    """Also where the frequencies depend on the longest position of a row, which only one device holds."""
+    mesh, rope = mesh_of(cp=4, dp=2), Rope(4, scaling=scaling)
+    order = column_order("ring", read_config(DENSE), mesh.shape, length=LENGTH)
+    positions = packed_batch(ROWS, LENGTH)["positions"]
+    placed = jax.device_put(positions[:, order], batch_sharding(positions.shape, mesh))
+    found = jax.jit(functools.partial(rotation, rope))(placed)
+    for ours, expected in zip(found, rotation(rope, jnp.asarray(positions)), strict=True):
+        np.testing.assert_allclose(ours, expected[:, order], rtol=1e-6, atol=1e-6)
+
+
 def test_the_hybrid_trades_among_as_many_devices_as_have_kv_heads_of_their_own():
     def group(model: str, **sizes: int) -> int:
         return group_size("hybrid", read_config(MODELS[model]), sizes)
@@ -251,7 +284,6 @@ def step_temporaries(trainer: Trainer) -> int:
 
 CP8, CP2_DP2_TP2, CP2_FSDP4 = {"cp": 8}, {"cp": 2, "dp": 2, "tp": 2}, {"cp": 2, "fsdp": 4}
 CP2_TP4, CP4_FSDP2 = {"cp": 2, "tp": 4}, {"cp": 4, "fsdp": 2}
-SINKS = "sinks and windows"
 CASES = [
     Case("dense", CP4_FSDP2, accumulation=4, chunk=8),
     Case("dense", CP8, context="ulysses"),  # more devices than the two kv heads

@@ -243,8 +243,13 @@ def collectives(function, *args) -> Counter:
 @pytest.mark.parametrize(
     "m, sizes, settings, message",
     [
-        (PLAIN, {"ep": 3}, {}, "mesh: ep=3 does not divide the model's 8 experts; nearest are ep=2 and ep=4"),
-        (replace(PLAIN, num_experts=2, top_k=1), EP4, {}, "mesh: ep=4 does not divide the model's 2 experts; nearest"),
+        (PLAIN, {"ep": 3}, {}, "mesh: ep=3 does not divide the model's 8 experts; nearest legal: 2 and 4"),
+        (
+            replace(PLAIN, num_experts=2, top_k=1),
+            EP4,
+            {},
+            "mesh: ep=4 does not divide the model's 2 experts; nearest legal: 2",
+        ),
         (None, EP2, {}, "mesh: ep=2 needs a model with experts, which none is not; use dp or fsdp"),
         (PLAIN, EP2, {"dispatch": "alltoall"}, "runtime: experts=alltoall without a capacity_factor needs ragged_all"),
         (PLAIN, EP2, {"dispatch": "allgather", "capacity_factor": 1.0}, "runtime: capacity_factor is for experts=all"),

@@ -52,11 +52,11 @@ def test_the_fastest_links_are_the_innermost_axis():
 @pytest.mark.parametrize(
     "settings, devices, message",
     [
-        ({"tp": 3}, 8, "mesh: fsdp=auto, tp=3 needs 3 devices, but there are 8"),
-        ({"dp": 2, "fsdp": 2}, 8, "mesh: dp=2, fsdp=2 needs 4 devices, but there are 8"),
-        ({"dp": 4, "fsdp": 4}, 8, "mesh: dp=4, fsdp=4 needs 16 devices, but there are 8"),
-        ({"tp": 16}, 8, "mesh: fsdp=auto, tp=16 needs 16 devices, but there are 8"),
-        ({"fsdp": 1}, 8, "mesh: all sizes 1 needs 1 device, but there are 8"),
+        ({"tp": 3}, 8, "mesh: fsdp=auto, tp=3 needs 3 devices, but there are 8; nearest legal: 2 and 4"),
+        ({"dp": 2, "fsdp": 2}, 8, "mesh: dp=2, fsdp=2 needs 4 devices, but there are 8; nearest legal: 8"),
+        ({"dp": 4, "fsdp": 4}, 8, "mesh: dp=4, fsdp=4 needs 16 devices, but there are 8; nearest legal: 8"),
+        ({"tp": 16}, 8, "mesh: fsdp=auto, tp=16 needs 16 devices, but there are 8; nearest legal: 8"),
+        ({"fsdp": 1}, 8, "mesh: all sizes 1 needs 1 device, but there are 8; nearest legal: 8"),
         ({"dp": "auto"}, 8, "mesh: dp and fsdp are both auto; at most one axis may be"),
         ({"tp": 0}, 8, "mesh: tp is 0; an axis size is at least 1, or auto"),
         ({"dp": -2}, 8, "mesh: dp is -2; an axis size is at least 1, or auto"),

@@ -4,15 +4,14 @@ The token that a module reads lies further on in the row: under a context axis o
 """
 
 import jax
-import numpy as np
 import pytest
-import test_pipeline as pipeline
-from test_equal_to_one_device import BIAS, GLOBAL, Case, assert_equal_to_one_device, one_device
+from runs import Case, assert_equal_to_one_device, one_device
 from tiny import relative_error
 
 from jaxformers.models.params import path_name
 
-CP4 = {"cp": 4}
+BIAS, GLOBAL = (("expert_bias_rate", 0.05),), (("balance_over", "batch"),)
+CP4, ONE_F_ONE_B = {"cp": 4}, {"pipeline": "1f1b"}
 CASES = [
     Case("mtp", {"fsdp": 2, "tp": 2}, accumulation=4, remat="full", loss=BIAS),
     Case("mtp", CP4, chunk=8, loss=BIAS),
@@ -35,45 +34,28 @@ MORE_CASES = [
 ]
 PP2 = {"pp": 2}
 PIPELINES = [
-    pipeline.Case("mtp", PP2 | {"fsdp": 2}, accumulation=2, loss=BIAS),
+    Case("deep mtp", PP2 | {"fsdp": 2}, accumulation=2, loss=BIAS),
 ]
 MORE_PIPELINES = [
-    pipeline.Case("mtp", PP2, runtime=pipeline.ONE_F_ONE_B, loss=BIAS),
-    pipeline.Case("mtp", PP2 | {"fsdp": 2}, chunk=8, runtime=pipeline.ONE_F_ONE_B | {"remat": "full"}),
-    pipeline.Case("mtp", PP2 | {"tp": 2}, runtime=pipeline.ONE_F_ONE_B),
-    pipeline.Case("mtp", PP2 | {"ep": 2}, accumulation=2, runtime=pipeline.ONE_F_ONE_B, loss=BIAS),
-    pipeline.Case("mtp", PP2 | {"cp": 2}, chunk=8, runtime={"remat": "full"}),
-    pipeline.Case("mtp", PP2 | {"tp": 2}, runtime=pipeline.INTERLEAVED, loss=BIAS),
-    pipeline.Case("mtp", PP2 | {"ep": 2}, runtime={"stages": (1, 3)}, loss=BIAS),
+    Case("deep mtp", PP2, **ONE_F_ONE_B, loss=BIAS),
+    Case("deep mtp", PP2 | {"fsdp": 2}, chunk=8, **ONE_F_ONE_B | {"remat": "full"}),
+    Case("deep mtp", PP2 | {"tp": 2}, **ONE_F_ONE_B),
+    Case("deep mtp", PP2 | {"ep": 2}, accumulation=2, **ONE_F_ONE_B, loss=BIAS),
+    Case("deep mtp", PP2 | {"cp": 2}, chunk=8, remat="full"),
+    Case("deep mtp", PP2 | {"tp": 2}, pipeline="interleaved", loss=BIAS),
+    Case("deep mtp", PP2 | {"ep": 2}, stages=(1, 3), loss=BIAS),
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES + PIPELINES, ids=str)
 def test_modules_train_on_a_mesh_as_on_one_device(case):
     assert_equal_to_one_device(case)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", MORE_CASES, ids=str)
+@pytest.mark.parametrize("case", MORE_CASES + MORE_PIPELINES, ids=str)
 def test_modules_train_on_further_meshes_as_on_one_device(case):
     assert_equal_to_one_device(case)
-
-
-def assert_pipeline_equals_one_device(case: pipeline.Case) -> None:
-    found, truth = pipeline.train(case), pipeline.one_device(case.model, case.loss)
-    np.testing.assert_allclose(found.metrics, truth.metrics, rtol=pipeline.TOLERANCE)
-    assert relative_error(found.params, truth.params) < pipeline.TOLERANCE
-
-
-@pytest.mark.parametrize("case", PIPELINES, ids=str)
-def test_modules_behind_a_pipeline_train_as_on_one_device(case):
-    assert_pipeline_equals_one_device(case)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", MORE_PIPELINES, ids=str)
-def test_modules_behind_further_pipelines_train_as_on_one_device(case):
-    assert_pipeline_equals_one_device(case)
 
 
 def test_every_weight_of_every_module_is_trained():

@@ -160,4 +160,5 @@ def test_a_mistake_is_one_line_at_the_end(tmp_path):
     process = command(tmp_path, "launch", "--processes", "2", "--", devices=1)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 2
-    assert errors.splitlines()[-1] == "jaxformers: mesh: dp=2, fsdp=2 needs 4 devices, but there are 2"
+    refusal = "mesh: dp=2, fsdp=2 needs 4 devices, but there are 2; nearest legal: 2"
+    assert errors.splitlines()[-1] == f"jaxformers: {refusal}"
