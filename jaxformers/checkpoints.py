@@ -202,7 +202,7 @@ def _trainer(config: RunConfig, cfg: ModelConfig, sizes: Mapping[str, int]) -> T
         mesh,  # type: ignore[arg-type]  # shapes and shardings need no devices
         config.data.sequence_length,
         train=config.train,
-        runtime=config.runtime,
+        runtime=config.runtime.model_copy(update={"offload": "none"}),  # where arrays wait has no part in their shape
         optimizer=config.optimizer,
         schedule=config.schedule,
         loss=config.loss,
