@@ -16,17 +16,19 @@ from jaxformers.data.gguf_tokenizer import gguf_tokenizer
 from jaxformers.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from jaxformers.families import read_config
 from jaxformers.families.common import without_mtp
-from jaxformers.hub.convert import import_params
+from jaxformers.hub.convert import import_deferred, import_params
 from jaxformers.hub.fp8 import open_weights
 from jaxformers.hub.gguf import open_gguf
 from jaxformers.hub.gguf_models import gguf_config, gguf_generation, gguf_tensors
 from jaxformers.hub.mtp import choose_modules
 from jaxformers.hub.pretrained import read_generation_config, write_pretrained
 from jaxformers.hub.resolve import classify, resolve
+from jaxformers.hub.safetensors import Deferred
 from jaxformers.models.config import ModelConfig
 from jaxformers.models.params import Params, model_spec
 from jaxformers.parallel.mesh import MeshConfig, make_mesh, param_shardings, single_device_mesh
 from jaxformers.train.checkpoint import Checkpointer
+from jaxformers.train.stored import named_leaves
 
 DTYPES = ("float32", "bfloat16", "float16")
 TOKENIZER_FOLDER = "tokenizer"
@@ -105,6 +107,21 @@ class FoundModel:
             with Checkpointer(self.path) as checkpoints:
                 return checkpoints.restore_params(self.step, abstract, ema=ema)
 
+    def deferred_params(self, *, dtype: str | None = "float32") -> Params:
+        """The parameters with `Deferred` leaves, each read into host memory when its turn comes; dtype None keeps a
+        leaf as stored, or float32 where its tensors are stored in several dtypes."""
+        if self.tensors is not None:
+            return import_deferred(self.config, self.tensors, dtype=dtype)
+        assert self.step is not None
+        spec = model_spec(self.config)
+        with Checkpointer(self.path) as checkpoints:
+            stored = checkpoints.stored(self.step)
+        wanted = {f"params.{name}": leaf for name, leaf in named_leaves(spec).items()}
+        if missing := sorted(wanted.keys() - stored.keys()):
+            raise ValueError(f"step {self.step} of {self.path} lacks {', '.join(missing)}")
+        leaves = [Deferred(leaf.shape, np.dtype(np.float32), stored[name].read) for name, leaf in wanted.items()]
+        return jax.tree.unflatten(jax.tree.structure(spec), leaves)
+
 
 def find_model(ref: str | Path, *, mtp: bool = False) -> FoundModel:
     """What `ref` means, told from everything but its weights, with or without modules for multi-token prediction.
@@ -172,9 +189,21 @@ def save_pretrained(
 
     dtype: of the written weights; None keeps the parameters' own.
     """
+    save_found(model, model.params, directory, dtype=dtype, max_shard_bytes=max_shard_bytes)
+
+
+def save_found(
+    model: Model | FoundModel,
+    params: Params,
+    directory: str | Path,
+    *,
+    dtype: str | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """As `save_pretrained`, of these parameters, whose leaves may be `Deferred`."""
     _check_dtype(dtype)
     if model.tokenizer is not None:
         model.tokenizer.save(Path(directory))
     write_pretrained(
-        directory, model.config, model.params, generation=model.generation, dtype=dtype, max_shard_bytes=max_shard_bytes
+        directory, model.config, params, generation=model.generation, dtype=dtype, max_shard_bytes=max_shard_bytes
     )

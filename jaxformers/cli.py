@@ -17,6 +17,7 @@ from typing import Annotated
 import typer
 
 from jaxformers.bench_cli import bench_app
+from jaxformers.checkpoint_cli import checkpoint_app
 from jaxformers.data_cli import data_app
 
 app = typer.Typer(
@@ -27,6 +28,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(bench_app, name="bench")
+app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(data_app, name="data")
 
 Ref = Annotated[
@@ -296,7 +298,7 @@ def _leave(status: int) -> None:
 
 
 def _set_up_unless_help() -> None:
-    verbs_with_jax = ("train", "generate", "chat", "convert", "bench")
+    verbs_with_jax = ("train", "generate", "chat", "convert", "bench", "checkpoint")
     if len(sys.argv) > 1 and sys.argv[1] in verbs_with_jax and not {"-h", "--help"} & set(sys.argv):
         from jaxformers.environment import set_up
 
@@ -304,5 +306,7 @@ def _set_up_unless_help() -> None:
 
 
 def _one_line(error: Exception) -> str:
-    text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return " ".join(text.split())

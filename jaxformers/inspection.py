@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from jaxformers.api import TOKENIZER_FOLDER, find_model
 from jaxformers.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
@@ -15,6 +17,7 @@ from jaxformers.models.config import LayerKind, ModelConfig, plan_stacks
 from jaxformers.models.params import count_params
 from jaxformers.train.checkpoint import FOLDER, Checkpointer
 from jaxformers.train.monitor import METRICS_FILE
+from jaxformers.train.restore import groups_of
 
 
 def describe(ref: str | Path) -> dict[str, str]:
@@ -33,11 +36,19 @@ def describe(ref: str | Path) -> dict[str, str]:
         step = checkpoints.latest_step if kind == "run" else int(path.name)
         if step is None:
             return found | {"checkpoints": "none yet"}
-        meta = checkpoints.meta(step)
+        meta, groups = checkpoints.meta(step), groups_of(checkpoints.stored(step))
     steps = sorted(int(p.name) for p in (run / FOLDER).iterdir() if p.name.isdecimal())
     found |= _model(read_config(meta["model"])) | _tokenizer(run / TOKENIZER_FOLDER)
     mesh = ", ".join(f"{axis}={size}" for axis, size in meta["mesh"].items() if size > 1) or "one device"
-    return found | {"step": str(step), "checkpoints": ", ".join(map(str, steps)), "trained on": mesh} | _metrics(run)
+    found |= {"step": str(step), "checkpoints": ", ".join(map(str, steps)), "trained on": mesh}
+    return found | {"saved": ", ".join(groups)} | _provenance(meta) | _metrics(run)
+
+
+def _provenance(meta: Mapping[str, Any]) -> dict[str, str]:
+    """What a checkpoint says of the tokenizer it was trained with and the libraries that wrote it."""
+    source = f" ({meta['tokenizer_from']})" if "tokenizer_from" in meta else ""
+    versions = ", ".join(f"{name} {version}" for name, version in meta.get("versions", {}).items())
+    return {"tokenizer hash": meta["tokenizer"] + source, "written with": versions or "unknown versions"}
 
 
 def _model(cfg: ModelConfig) -> dict[str, str]:

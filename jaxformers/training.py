@@ -6,7 +6,8 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,16 @@ from jaxformers.models.config import ModelConfig
 from jaxformers.models.params import count_params, flops_per_token
 from jaxformers.parallel.distributed import differing, is_first, wait_for_all
 from jaxformers.parallel.mesh import batch_sharding, make_mesh
+from jaxformers.starting import Start, find_start
 from jaxformers.train.build import Trainer
 from jaxformers.train.checkpoint import Checkpointer
 from jaxformers.train.goodput import Goodput
 from jaxformers.train.guard import after_rollback
 from jaxformers.train.loop import Result, Supervision, train
 from jaxformers.train.monitor import Display, MetricsFile, TensorBoard, Tracker, Trackers
+from jaxformers.train.provenance import library_versions
 from jaxformers.train.requests import Requests
+from jaxformers.train.restore import load_state
 from jaxformers.train.state import TrainState
 from jaxformers.train.watchdog import Watchdog
 
@@ -160,13 +164,14 @@ def fit(
         tokenizer = _tokenizer(setup)
         _check_samples(config, setup.cfg, tokenizer)
         meta = _meta(setup, tokenizer)
-        if resume_step is not None:
-            _check_same_model(checkpoints, resume_step, setup.cfg, tokenizer)
+        start = find_start(config.checkpoint, checkpoints, resume_step, stack, partial(_print, console=console))
+        if start is not None and (note := start.check(setup.cfg, tokenizer)):
+            _print(note, console)
         corpus = _open_corpus(config, tokenizer, console)
         _say_corpus(corpus, console)
         _check_same_everywhere(_fingerprint(corpus), "data", done="open its data")
         feed = _feed(setup, corpus)
-        state = _first_state(setup, checkpoints, resume_step, feed.batches, console)
+        state = _first_state(setup, start, feed.batches, console)
         # Only now is it certain that the run may go on here: what it says of itself is left as it was until then.
         if resume_step is not None:
             checkpoints.set_aside(newer_than=resume_step)
@@ -193,7 +198,7 @@ def _resume_step(config: RunConfig, checkpoints: Checkpointer, console: Console)
         raise ValueError(f"{checkpoints.folder} holds step {latest}; choose another run_dir, or checkpoint.resume=auto")
     if latest is None and resume == "must":
         raise ValueError(f"{checkpoints.folder} holds no checkpoint to resume from")
-    return checkpoints.newest_good(lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True))
+    return checkpoints.newest_good(lambda line: _print(line, console))
 
 
 def _tokenizer(setup: Setup) -> Tokenizer:
@@ -227,23 +232,21 @@ def _meta(setup: Setup, tokenizer: Tokenizer) -> dict[str, Any]:
     return {
         "model": dict(setup.cfg.source or {}),
         "tokenizer": tokenizer.fingerprint,
+        "tokenizer_from": _tokenizer_origin(setup),
         "generation": generation,
         "config": setup.config.model_dump(mode="json"),
         "mesh": dict(setup.mesh.shape),
+        "versions": dict(library_versions()),
     }
 
 
-def _check_same_model(checkpoints: Checkpointer, step: int, cfg: ModelConfig, tokenizer: Tokenizer) -> None:
-    saved = checkpoints.meta(step)
-    before = read_config(saved["model"])
-    if before != cfg:
-        names = [f.name for f in fields(cfg) if f.compare and getattr(before, f.name) != getattr(cfg, f.name)]
-        raise ValueError(
-            f"{checkpoints.folder} holds another model's checkpoint (it differs in {', '.join(names)}); "
-            "choose another run_dir"
-        )
-    if saved["tokenizer"] != tokenizer.fingerprint:
-        raise ValueError(f"{checkpoints.folder} was trained with another tokenizer; choose another run_dir")
+def _tokenizer_origin(setup: Setup) -> str:
+    """Where the tokenizer came from, for people; a copy of it lies in the run directory."""
+    given = setup.config.tokenizer
+    if given is None and setup.pretrained is not None:
+        return str(setup.pretrained.path)
+    given = given or TokenizerConfig()
+    return given.path if given.kind == "file" and given.path else given.kind
 
 
 def _open_corpus(config: RunConfig, tokenizer: Tokenizer, console: Console) -> Corpus:
@@ -267,7 +270,7 @@ def _fingerprint(corpus: Corpus) -> str:
 def _say_corpus(corpus: Corpus, console: Console) -> None:
     for name, source in (corpus.sources or {"": corpus}).items():
         for line in _describe_corpus(source.report):
-            console.print(f"data{name and f' {name}'}: {line}", highlight=False, markup=False, soft_wrap=True)
+            _print(f"data{name and f' {name}'}: {line}", console)
 
 
 def _describe_corpus(report: CorpusReport) -> list[str]:
@@ -311,21 +314,37 @@ def _feed(setup: Setup, corpus: Corpus) -> Feed:
 
 
 def _first_state(
-    setup: Setup,
-    checkpoints: Checkpointer,
-    resume_step: int | None,
-    batches: grain.DatasetIterator[Row],
-    console: Console,
+    setup: Setup, start: Start | None, batches: grain.DatasetIterator[Row], console: Console
 ) -> TrainState:
-    """The state to begin with, restored (`batches` are then moved to where they were), pretrained or random."""
+    """The state to begin with: from a checkpoint (`batches` may then be moved), pretrained or random."""
     config, trainer = setup.config, setup.trainer
-    if resume_step is not None:
-        state = checkpoints.restore(resume_step, trainer.plain_state, batches)
-        console.print(f"resuming from step {resume_step}", highlight=False, markup=False)
-        return trainer.from_plain(state)
+    if start is None:
+        return _new_state(setup)
+    loaded = load_state(
+        start.checkpoints,
+        start.step,
+        trainer.plain_state,
+        batches,
+        make=lambda params: trainer.to_plain(
+            _new_state(setup) if params is None else trainer.from_params(params, config.seed)
+        ),
+        load=start.load,
+        allow_missing=config.checkpoint.allow_missing,
+    )
+    for line in loaded.lines(start.said):
+        _print(line, console)
+    return trainer.from_plain(loaded.state)
+
+
+def _new_state(setup: Setup) -> TrainState:
     if setup.pretrained is not None:
-        return trainer.from_params(setup.pretrained.read_params(setup.mesh, dtype="float32"), config.seed)
-    return trainer.init(config.seed)
+        params = setup.pretrained.read_params(setup.mesh, dtype="float32")
+        return setup.trainer.from_params(params, setup.config.seed)
+    return setup.trainer.init(setup.config.seed)
+
+
+def _print(line: str, console: Console) -> None:
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _run(

@@ -20,7 +20,7 @@ from jaxformers import cli
 from jaxformers.families import FAMILIES
 from jaxformers.hub.safetensors import open_tensors, write_tensors
 
-VERBS = ("train", "generate", "convert", "models", "inspect", "schema", "bench", "data")
+VERBS = ("train", "generate", "convert", "models", "inspect", "schema", "bench", "checkpoint", "data")
 
 
 class Outcome(NamedTuple):

@@ -74,3 +74,13 @@ def test_what_is_wrong_with_a_file_is_one_line(path, tmp_path, monkeypatch, caps
         assert (status, out) == (2, "")
         assert "is truncated" in err
         assert len(err.splitlines()) == 1
+
+
+def test_it_is_compared_and_averaged_under_hugging_face_names(path, tmp_path, monkeypatch, capsys):
+    jaxformers(monkeypatch, capsys, "convert", path, tmp_path / "hf")
+    status, out, _ = jaxformers(monkeypatch, capsys, "checkpoint", "diff", path, tmp_path / "hf")
+    assert (status, out.split(", ")[1]) == (0, "0 different (relative distance up to 0)")
+    mean = tmp_path / "mean"
+    assert jaxformers(monkeypatch, capsys, "checkpoint", "average", path, tmp_path / "hf", "--output", mean)[0] == 0
+    status, out, err = jaxformers(monkeypatch, capsys, "checkpoint", "diff", path, mean, "--tolerance", "1e-6")
+    assert (status, err) == (0, ""), out

@@ -7,8 +7,8 @@ Export assembles one tensor at a time.
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from jaxformers.hub.copying import Copying, empty_aligned
 from jaxformers.hub.layout import LeafPath, Part, copies, parts
 from jaxformers.hub.safetensors import ArrayLike, Deferred, release
 from jaxformers.models.config import ModelConfig
-from jaxformers.models.params import Params, model_spec, path_name
+from jaxformers.models.params import Params, ParamSpec, model_spec, path_name
 
 MAX_NAMED = 8  # tensors named in an error before it says how many more there are
 FLOATS = (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)
@@ -36,19 +36,39 @@ def import_params(
 
     ValueError lists every missing, unplaced and misshapen tensor, and refuses tensors that are not floating point.
     """
+    tensors, by_leaf = _planned(cfg, tensors)
+    specs, tree = jax.tree_util.tree_flatten_with_path(model_spec(cfg))
+    places = _per_leaf(shardings, len(specs))
+    leaves = [
+        jax.make_array_from_callback(spec.shape, place, _reader(by_leaf[path], spec.shape, tensors, dtype))
+        for (path, spec), place in zip(specs, places, strict=True)
+    ]
+    return jax.tree.unflatten(tree, leaves)
+
+
+def import_deferred(cfg: ModelConfig, tensors: Mapping[str, ArrayLike], *, dtype: Any = None) -> Params:
+    """The parameters as `import_params` reads them, each leaf `Deferred`: made in host memory when its turn comes."""
+    tensors, by_leaf = _planned(cfg, tensors)
+
+    def deferred(path: LeafPath, spec: ParamSpec) -> Deferred:
+        made = _dtype_of(by_leaf[path], tensors, dtype)
+        read = _reader(by_leaf[path], spec.shape, tensors, made)
+        return Deferred(spec.shape, made, lambda: read((slice(None),) * len(spec.shape)))
+
+    return jax.tree_util.tree_map_with_path(deferred, model_spec(cfg))
+
+
+def _planned(
+    cfg: ModelConfig, tensors: Mapping[str, ArrayLike]
+) -> tuple[Mapping[str, ArrayLike], dict[LeafPath, list[Part]]]:
+    """The tensors under full names, checked, and which parts of them each leaf is made of."""
     plan = list(parts(cfg))
     tensors = _with_prefix(tensors, [*plan, *copies(cfg)])
     _check(cfg, plan, tensors)
     by_leaf: dict[LeafPath, list[Part]] = defaultdict(list)
     for part in plan:
         by_leaf[part.path].append(part)
-    specs, tree = jax.tree_util.tree_flatten_with_path(model_spec(cfg))
-    places = _per_leaf(shardings, len(specs))
-    leaves = [
-        _load(by_leaf[path], spec.shape, tensors, place, dtype)
-        for (path, spec), place in zip(specs, places, strict=True)
-    ]
-    return jax.tree.unflatten(tree, leaves)
+    return tensors, by_leaf
 
 
 def _per_leaf(shardings: Any, count: int) -> list[jax.sharding.Sharding]:
@@ -57,18 +77,17 @@ def _per_leaf(shardings: Any, count: int) -> list[jax.sharding.Sharding]:
     return [shardings] * count if isinstance(shardings, jax.sharding.Sharding) else jax.tree.leaves(shardings)
 
 
-def _load(
-    leaf_parts: list[Part],
-    shape: tuple[int, ...],
-    tensors: Mapping[str, ArrayLike],
-    place: jax.sharding.Sharding,
-    dtype: Any,
-) -> jax.Array:
-    """One leaf, each device's slice read on its own."""
+def _dtype_of(leaf_parts: list[Part], tensors: Mapping[str, ArrayLike], dtype: Any) -> np.dtype:
     stored = {tensors[part.source.name].dtype for part in leaf_parts}
-    dtype = np.dtype(dtype) if dtype else stored.pop() if len(stored) == 1 else np.dtype(np.float32)
+    return np.dtype(dtype) if dtype else np.dtype(stored.pop() if len(stored) == 1 else np.float32)
+
+
+def _reader(
+    leaf_parts: list[Part], shape: tuple[int, ...], tensors: Mapping[str, ArrayLike], dtype: Any
+) -> Callable[[tuple[slice, ...]], np.ndarray]:
+    """What reads a slice of one leaf; nothing under other slices is read."""
     by_index = {part.index: part for part in leaf_parts}
-    leading = len(leaf_parts[0].index)
+    leading, dtype = len(leaf_parts[0].index), _dtype_of(leaf_parts, tensors, dtype)
 
     def read(where: tuple[slice, ...]) -> np.ndarray:
         ranges = [range(*s.indices(size)) for s, size in zip(where, shape, strict=True)]
@@ -81,7 +100,7 @@ def _load(
                 copying.add(out[(*position, ...)], part.from_disk(whole)[(*where[leading:], ...)])
         return out
 
-    return jax.make_array_from_callback(shape, place, read)
+    return read
 
 
 def _with_prefix(tensors: Mapping[str, ArrayLike], plan: list[Part]) -> Mapping[str, ArrayLike]:
@@ -135,15 +154,38 @@ def _listing(what: str, names: list[str]) -> str:
 
 
 def export_tensors(cfg: ModelConfig, params: Params, *, dtype: Any = None) -> dict[str, Deferred]:
-    """The family's tensors by name, each assembled only when it is written. dtype None keeps each parameter's own."""
+    """The family's tensors by name, each assembled only when it is written. dtype None keeps each parameter's own.
+
+    Leaves may be `Deferred` too. Each is then made once and let go of after its last tensor, if all tensors are
+    assembled once; in the order given here, no more leaves exist together than one tensor is made of.
+    """
     leaves = dict(jax.tree_util.tree_flatten_with_path(params)[0])
     by_tensor: dict[str, list[Part]] = defaultdict(list)
     for part in (*parts(cfg), *copies(cfg)):
         by_tensor[part.source.name].append(part)
+    uses = Counter(part.path for group in by_tensor.values() for part in group)
+    leaves = {p: _Shared(leaf, uses[p]) if isinstance(leaf, Deferred) else leaf for p, leaf in leaves.items()}
     return {name: _deferred(group, leaves, dtype) for name, group in by_tensor.items()}
 
 
-def _deferred(group: list[Part], leaves: Mapping[LeafPath, jax.Array], dtype: Any) -> Deferred:
+class _Shared:
+    """A deferred leaf that several tensors are made of: made for the first use, let go of after the last."""
+
+    def __init__(self, leaf: Deferred, uses: int):
+        self.dtype = leaf.dtype
+        self._leaf, self._uses = leaf, uses
+        self._made: np.ndarray | None = None
+        self._left = uses
+
+    def use(self) -> np.ndarray:
+        made = self._made = np.asarray(self._leaf) if self._made is None else self._made
+        self._left -= 1
+        if not self._left:
+            self._made, self._left = None, self._uses
+        return made
+
+
+def _deferred(group: list[Part], leaves: Mapping[LeafPath, Any], dtype: Any) -> Deferred:
     shape, dtype = group[0].disk_shape(), np.dtype(dtype or leaves[group[0].path].dtype)
 
     def assemble() -> np.ndarray:
@@ -160,8 +202,12 @@ def _deferred(group: list[Part], leaves: Mapping[LeafPath, jax.Array], dtype: An
     return Deferred(shape, dtype, assemble)
 
 
-def _pieces(leaf: jax.Array | np.ndarray, index: tuple[int, ...]) -> Iterator[tuple[tuple[Any, ...], np.ndarray]]:
+def _pieces(
+    leaf: jax.Array | np.ndarray | _Shared, index: tuple[int, ...]
+) -> Iterator[tuple[tuple[Any, ...], np.ndarray]]:
     """The pieces of `leaf[index]` that devices hold, and where in it they belong; it is nowhere put together."""
+    if isinstance(leaf, _Shared):
+        leaf = leaf.use()
     if isinstance(leaf, np.ndarray):
         yield (...,), leaf[(*index, ...)]
         return

@@ -7,6 +7,7 @@ named by `model.safetensors.index.json`. Files come from strangers, so every fie
 This module knows nothing about models, tensor names or devices.
 """
 
+import itertools
 import json
 import math
 import mmap
@@ -269,8 +270,9 @@ def write_tensors(
     """Write `tensors` as the weights of a Hugging Face model, in the layout of `save_pretrained`.
 
     One `model.safetensors`, or, above `max_shard_bytes`, `model-00001-of-0000N.safetensors` and an index. Each tensor
-    is made a NumPy array when it is written and released after, so `Deferred` ones never exist together. `metadata`
-    goes into each header; the default says what `transformers` wants to read there.
+    is made a NumPy array when it is written and released after, so `Deferred` ones never exist together; they are made
+    in the order of `tensors`, whatever their order in the files. `metadata` goes into each header; the default says
+    what `transformers` wants to read there.
 
     Every byte is on disk under a temporary name before any weights already in `directory` are touched, which are then
     replaced; on an error they stay as they were. Tensors may be views of the very files that are replaced.
@@ -293,9 +295,11 @@ def write_tensors(
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory, prefix=".writing-") as temporary:
-            for file_name, names in plan.filename_to_tensors.items():
-                shard = {name: entries[name] for name in names}
-                _write_file(Path(temporary, file_name), shard, tensors, metadata)
+            shards = {
+                Path(temporary, file_name): {name: entries[name] for name in names}
+                for file_name, names in plan.filename_to_tensors.items()
+            }
+            _write_files(shards, tensors, metadata)
             if plan.is_sharded:
                 index = {"metadata": total, "weight_map": plan.tensor_to_filename}
                 _write_index(Path(temporary, INDEX_FILE), index)
@@ -314,16 +318,48 @@ def _entry_to_write(name: str, tensor: ArrayLike) -> _Entry:
     return _Entry(dtype, tuple(tensor.shape))
 
 
-def _write_file(
-    path: Path, entries: Mapping[str, _Entry], tensors: Mapping[str, ArrayLike], metadata: Mapping[str, str]
+def write_file(path: str | Path, tensors: Mapping[str, ArrayLike]) -> None:
+    """Writes `tensors` as one `.safetensors` file, which appears complete or not at all, one tensor at a time.
+
+    Raises as `write_tensors` does.
+    """
+    path = Path(path)
+    entries = {name: _entry_to_write(name, tensor) for name, tensor in tensors.items()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as temporary:
+            unnamed = Path(temporary, path.name)
+            _write_files({unnamed: entries}, tensors, MappingProxyType({"format": "pt"}))
+            os.replace(unnamed, path)
+    except OSError as error:
+        size = sum(entry.nbytes for entry in entries.values()) / 1e9
+        raise OSError(error.errno, f"cannot write {size:.3g} GB of weights to {path}: {error.strerror}") from None
+
+
+def _write_files(
+    files: Mapping[Path, Mapping[str, _Entry]], tensors: Mapping[str, ArrayLike], metadata: Mapping[str, str]
 ) -> None:
+    """Headers first, then each tensor into its place, in the order in which `tensors` has them."""
+    places = {name: (path, start) for path, entries in files.items() for name, start in _begin(path, entries, metadata)}
+    entry_of = {name: entry for entries in files.values() for name, entry in entries.items()}
+    for name, tensor in tensors.items():
+        path, start = places[name]
+        with path.open("r+b") as file:
+            file.seek(start)
+            file.write(_data_bytes(name, tensor, entry_of[name]))
+    for path in files:
+        with path.open("r+b") as file:
+            _to_disk(file)
+
+
+def _begin(path: Path, entries: Mapping[str, _Entry], metadata: Mapping[str, str]) -> list[tuple[str, int]]:
+    """Writes a file's header; the names of its tensors and the bytes they begin at."""
     rank = {dtype: -place for place, dtype in enumerate(DTYPES.values())}
     order = sorted(entries, key=lambda name: (rank[entries[name].dtype], name))
-    with path.open("wb") as file:
-        file.write(_header_bytes({name: entries[name] for name in order}, metadata))
-        for name in order:
-            file.write(_data_bytes(name, tensors[name], entries[name]))
-        _to_disk(file)
+    header = _header_bytes({name: entries[name] for name in order}, metadata)
+    path.write_bytes(header)
+    ends = itertools.accumulate((entries[name].nbytes for name in order), initial=len(header))
+    return list(zip(order, ends, strict=False))
 
 
 def _data_bytes(name: str, tensor: ArrayLike, entry: _Entry) -> np.ndarray:

@@ -32,10 +32,13 @@ from jaxformers.parallel.distributed import agree, is_first, wait_for_all
 from jaxformers.train.config import CheckpointConfig
 from jaxformers.train.integrity import find_damage, write_checksums
 from jaxformers.train.state import TrainState
+from jaxformers.train.stored import StoredArray, open_stored
 
 FOLDER = "checkpoints"
+ITEMS = ("state", "data", "meta")
+META_KEYS = ("model", "tokenizer", "config", "mesh")  # without which no run can tell whether a checkpoint is its own
 SPARE_BYTES = 2**20  # beside a checkpoint's arrays: metadata, and what the run writes meanwhile
-_UNFINISHED = ".unfinished-"  # begins the names of checkpoints that are being written or removed
+UNFINISHED = ".unfinished-"  # begins the names of checkpoints that are being written or removed
 _SAVE_SECONDS = 3600  # for the processes of a run to write one checkpoint
 _NAMED = 4  # damaged files in an error before it says how many more there are
 _NOTHING, _ALL_DAMAGED = -1, -2
@@ -71,7 +74,7 @@ class Checkpointer:
         """The folder, without what saves left behind that did not live to their end."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for path in self.folder.glob(f"{_UNFINISHED}*"):
+            for path in self.folder.glob(f"{UNFINISHED}*"):
                 shutil.rmtree(path)
         except OSError as error:
             raise CheckpointError(f"cannot use {self.folder}: {error.strerror or error}") from None
@@ -124,9 +127,9 @@ class Checkpointer:
         )
         self._writing = step
         try:
-            self._orbax.save(self.folder / f"{_UNFINISHED}{step}", args=items, force=True)
+            self._orbax.save(self.folder / f"{UNFINISHED}{step}", args=items, force=True)
         except Exception as error:
-            raise self._cannot_save(_reason(error)) from error
+            raise self._cannot_save(reason_of(error)) from error
         self._saved_at = time.monotonic()
         self._sealing = threading.Thread(target=self._seal, args=(step,), name=f"checkpoint {step}")
         self._sealing.start()
@@ -136,21 +139,12 @@ class Checkpointer:
         try:
             self._orbax.wait_until_finished()
             if is_first():
-                unfinished = self.folder / f"{_UNFINISHED}{step}"
-                write_checksums(unfinished)
-                os.replace(unfinished, self.folder / str(step))
-                _sync(self.folder)
+                seal(self.folder / f"{UNFINISHED}{step}", self.folder / str(step))
                 self.longest_save_seconds = max(self.longest_save_seconds, time.monotonic() - self._saved_at)
                 for old in to_remove(self.steps, keep_last=self._config.keep_last, keep_every=self._config.keep_every):
-                    self._remove(old)
+                    remove(self.folder / str(old))
         except Exception as error:
             self._failure = error
-
-    def _remove(self, step: int) -> None:
-        """Takes the final name away first: half a checkpoint is never seen under it."""
-        leaving = self.folder / f"{_UNFINISHED}removed-{step}"
-        os.replace(self.folder / str(step), leaving)
-        shutil.rmtree(leaving)
 
     def wait(self) -> None:
         """Returns when nothing is being written any more. CheckpointError if a background save failed."""
@@ -159,7 +153,7 @@ class Checkpointer:
         self._sealing.join()
         self._sealing, failure, self._failure = None, self._failure, None
         if failure is not None:
-            raise self._cannot_save(_reason(failure)) from failure
+            raise self._cannot_save(reason_of(failure)) from failure
         wait_for_all("write a checkpoint")  # the first one names it, and then the others may look at the folder
 
     def _check_room(self, step: int, state: TrainState) -> None:
@@ -221,7 +215,29 @@ class Checkpointer:
 
     def meta(self, step: int) -> dict[str, Any]:
         """The metadata saved with a step."""
-        return self._restore(step, ocp_args.Composite(meta=ocp_args.JsonRestore())).meta
+        meta = self._restore(step, ocp_args.Composite(meta=ocp_args.JsonRestore())).get("meta") or {}
+        if lacks := [key for key in META_KEYS if key not in meta]:
+            raise CheckpointError(
+                f"{self.folder / str(step)} is no checkpoint of a run: it does not say its {lacks[0]}"
+            )
+        return meta
+
+    def stored(self, step: int) -> dict[str, StoredArray]:
+        """The arrays of a step's state by name, to be read one at a time."""
+        return self._reading(step, lambda path: open_stored(path / "state"))
+
+    def restore_arrays(self, step: int, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+        """Some arrays of a step's state, in the shardings given; each device reads its own part."""
+        found = self.stored(step)
+
+        def read(name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+            return jax.make_array_from_callback(leaf.shape, leaf.sharding, found[name].read)
+
+        return self._reading(step, lambda _: {name: read(name, leaf) for name, leaf in abstract.items()})
+
+    def restore_data(self, step: int, data: grain.DatasetIterator) -> None:
+        """Moves `data` to where it was then."""
+        data.set_state(self._restore(step, ocp_args.Composite(data=ocp_args.JsonRestore())).data)
 
     def restore(self, step: int, abstract: TrainState, data: grain.DatasetIterator | None) -> TrainState:
         """The state of a step in the shardings of `abstract`; `data`, if given, is moved to where it was then."""
@@ -239,18 +255,38 @@ class Checkpointer:
         return self._restore(step, ocp_args.Composite(state=item)).state[name]
 
     def _restore(self, step: int, items: ocp_args.Composite) -> Any:
+        return self._reading(step, lambda path: self._orbax.restore(path, args=items))
+
+    def _reading(self, step: int, read: Callable[[Path], Any]) -> Any:
+        """What `read` gives of a step's folder, where anything that goes wrong is a CheckpointError."""
         path = self.folder / str(step)
         if not path.is_dir():
             raise CheckpointError(f"{path} does not exist; there are {', '.join(map(str, self.steps)) or 'none'}")
+        if lacks := [name for name in ITEMS if not (path / name).is_dir()]:
+            raise CheckpointError(f"{path} is not whole: it has no {' and no '.join(lacks)}; use another checkpoint")
         try:
-            return self._orbax.restore(path, args=items)
+            return read(path)
         except Exception as error:
-            raise CheckpointError(f"cannot read the checkpoint {path}: {_reason(error)}") from error
+            raise CheckpointError(f"cannot read the checkpoint {path}: {reason_of(error)}") from error
 
 
 def to_remove(steps: Sequence[int], *, keep_last: int, keep_every: int | None) -> list[int]:
     """The steps (oldest first) that retention does not keep: neither among the newest nor divisible by `keep_every`."""
     return [step for step in steps[:-keep_last] if keep_every is None or step % keep_every]
+
+
+def remove(checkpoint: Path) -> None:
+    """Removes a checkpoint's folder. It loses its name first: half a checkpoint is never seen under it."""
+    leaving = checkpoint.with_name(f"{UNFINISHED}removed-{checkpoint.name}")
+    os.replace(checkpoint, leaving)
+    shutil.rmtree(leaving)
+
+
+def seal(unfinished: Path, checkpoint: Path) -> None:
+    """Gives a written folder its checksums and then its final name."""
+    write_checksums(unfinished)
+    os.replace(unfinished, checkpoint)
+    _sync(checkpoint.parent)
 
 
 def _sync(folder: Path) -> None:
@@ -269,7 +305,7 @@ def _from_first(step: int | None) -> int | None:
     return None if sent == _NOTHING else sent
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """What went wrong, in one line; where it was the system's, in the system's words."""
     text = str(error).strip()
     if code := re.search(r"os_error_code='(\d+)'|\[Errno (\d+)\]", text):

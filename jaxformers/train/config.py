@@ -255,3 +255,22 @@ class CheckpointConfig(BaseModel):
         description="auto: go on from the newest checkpoint, if any; never: refuse a run that has one; "
         "must: refuse a run that has none.",
     )
+    start_from: str | None = Field(
+        None,
+        description="Another run, or one of its checkpoints, that a run without checkpoints of its own begins with.",
+    )
+    load: Literal["all", "params", "params_and_optimizer"] = Field(
+        "all",
+        description="What is taken from start_from: all, to go on there (step and data position too); parameters; or "
+        "parameters and the optimizer's moments, both from step 0.",
+    )
+    allow_missing: tuple[str, ...] = Field(
+        (),
+        description="Patterns of parts of the state, such as ema.*, that a checkpoint may lack; they begin anew.",
+    )
+
+    @model_validator(mode="after")
+    def _loads_from_somewhere(self) -> CheckpointConfig:
+        if self.load != "all" and self.start_from is None:
+            raise ValueError(f"load={self.load} says what is taken from start_from, which is not set")
+        return self

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ def write_checksums(folder: Path) -> None:
 
     The file appears complete or not at all. OSError where something cannot be read or written.
     """
-    files = _measured(folder, _files_below(folder))
+    files = _measured(folder, _files_below(folder), _measure)
     content = {"algorithm": _ALGORITHM, "files": files, "list": _list_checksum(files)}
     temporary = folder / f".{CHECKSUMS}.{os.getpid()}"
     with temporary.open("w", encoding="utf-8") as out:
@@ -36,8 +36,11 @@ def write_checksums(folder: Path) -> None:
     os.replace(temporary, folder / CHECKSUMS)
 
 
-def find_damage(folder: Path) -> list[str]:
-    """What is wrong with the files of a folder, each named in a few words; empty where all is as it was written."""
+def find_damage(folder: Path, *, contents: bool = True) -> list[str]:
+    """What is wrong with the files of a folder, each named in a few words; empty where all is as it was written.
+
+    contents: whether the files are read, and not only their names and sizes compared.
+    """
     try:
         expected = _read_list(folder / CHECKSUMS)
     except FileNotFoundError:
@@ -49,8 +52,11 @@ def find_damage(folder: Path) -> list[str]:
     damage += [f"{name} does not belong there" for name in sorted(present - expected.keys())]
     sizes = {name: (folder / name).stat().st_size for name in present & expected.keys()}
     damage += [f"{n} has {s} bytes, not {expected[n][0]}" for n, s in sorted(sizes.items()) if s != expected[n][0]]
-    found = _measured(folder, sorted(name for name, size in sizes.items() if size == expected[name][0]))
-    return damage + [f"{name} has changed" for name, measured in found.items() if measured != expected[name]]
+    if not contents:
+        return damage
+    found = _measured(folder, sorted(name for name, size in sizes.items() if size == expected[name][0]), _try)
+    damage += [f"{name} cannot be read ({reason})" for name, reason in found.items() if isinstance(reason, str)]
+    return damage + [f"{n} has changed" for n, now in found.items() if isinstance(now, list) and now != expected[n]]
 
 
 def _files_below(folder: Path) -> list[str]:
@@ -59,10 +65,18 @@ def _files_below(folder: Path) -> list[str]:
     return sorted(name for name in files if name != CHECKSUMS and not name.startswith(f".{CHECKSUMS}."))
 
 
-def _measured(folder: Path, names: list[str]) -> dict[str, list[Any]]:
-    """[size in bytes, checksum] of each file; an unreadable one has the system's reason as its checksum."""
+def _measured(folder: Path, names: list[str], measure: Callable[[Path], Any]) -> dict[str, Any]:
+    """What `measure` says of each file."""
     with ThreadPoolExecutor(_THREADS) as threads:
-        return dict(zip(names, threads.map(lambda name: _measure(folder / name), names), strict=True))
+        return dict(zip(names, threads.map(lambda name: measure(folder / name), names), strict=True))
+
+
+def _try(path: Path) -> list[Any] | str:
+    """[size in bytes, checksum], or the system's reason why a file cannot be read."""
+    try:
+        return _measure(path)
+    except OSError as error:
+        return error.strerror or str(error)
 
 
 def _measure(path: Path) -> list[Any]:
