@@ -274,14 +274,12 @@ def main() -> None:
     except KeyboardInterrupt:
         _leave(130)
     except Exception as error:
-        if isinstance(error, (ValueError, OSError)) and not os.environ.get("JAXFORMERS_DEBUG"):
-            print(f"jaxformers: {_one_line(error)}", file=sys.stderr)
-            _leave(2)
-        if _is_divergence(error):
+        mistake = isinstance(error, (ValueError, OSError))
+        if (mistake or _is_divergence(error)) and not os.environ.get("JAXFORMERS_DEBUG"):
             print(f"jaxformers: {_one_line(error)}", file=sys.stderr)
         else:
             traceback.print_exc()
-        _leave(1)
+        _leave(2 if mistake else 1)
 
 
 def _is_divergence(error: Exception) -> bool:

@@ -426,8 +426,10 @@ def test_a_full_disk_while_saving(run, trained, tmp_path):
 
 def test_debugging_shows_where_a_mistake_was_found(run, tmp_path, monkeypatch):
     monkeypatch.setenv("JAXFORMERS_DEBUG", "1")
-    with pytest.raises(ValueError, match="no such config file"):
-        run("train", tmp_path / "no.yaml")
+    done = run("train", tmp_path / "no.yaml")
+    assert done.code == 2
+    assert done.err.startswith("Traceback")
+    assert done.err.rstrip().endswith("no.yaml: no such config file")
 
 
 # -- train
