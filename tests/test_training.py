@@ -27,6 +27,7 @@ import jaxformers as jf
 from jaxformers import training
 from jaxformers.config import load_config
 from jaxformers.train.checkpoint import Checkpointer, CheckpointError
+from jaxformers.train.goodput import PURPOSES
 from jaxformers.train.monitor import MetricsFile
 
 STEPS = 8
@@ -77,7 +78,7 @@ def act_at(monkeypatch, step: int, action) -> None:
 
     def acting(self, logged, metrics):
         log(self, logged, metrics)
-        if logged == step:
+        if logged == step and "loss" in metrics:
             action()
 
     monkeypatch.setattr(MetricsFile, "log", acting)
@@ -127,7 +128,8 @@ def test_metrics_jsonl_holds_one_object_a_step_with_every_field(whole):
     assert [line["tokens"] for line in steps] == [step * 8 * 32 for step in range(1, STEPS + 1)]
     assert all(line["mfu"] > 0 and line["step_seconds"] > 0 for line in steps)
     assert [line["lr"] for line in steps[:2]] == pytest.approx([0.005, 0.01])
-    assert lines[-1] == {"step": STEPS, "validation_loss": result.validation["validation_loss"]}
+    assert lines[-2] == {"step": STEPS, "validation_loss": result.validation["validation_loss"]}
+    assert lines[-1].keys() == {"step", "goodput", *(f"seconds/{purpose}" for purpose in PURPOSES)}
 
 
 def test_the_run_directory_holds_the_resolved_config_the_tokenizer_and_the_checkpoints(whole):
@@ -317,7 +319,7 @@ from jaxformers.train.monitor import MetricsFile
 log, step, number = MetricsFile.log, int(sys.argv.pop()), signal.Signals[sys.argv.pop()]
 def dying(self, logged, metrics):
     log(self, logged, metrics)
-    if logged == step:
+    if logged == step and "loss" in metrics:
         os.kill(os.getpid(), number)
 MetricsFile.log = dying
 from jaxformers.cli import main
