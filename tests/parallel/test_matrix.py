@@ -19,16 +19,11 @@ from runs import LENGTH, MODELS, ROWS, SINKS, WINDOWS, Case, assert_equal_to_one
 AXES = ("pp", "cp", "ep", "tp", "fsdp", "dp")
 SELECTION_BIAS = ("mla", "mla, whole queries", "deep mla, dense first", "mtp", "deep mtp")
 SPARSE = ("moe", "degenerate", SINKS, "deep moe", *SELECTION_BIAS)
-# Repeats of the longest stack's pattern of layers, which a pipeline shares among its stages.
-REPEATS = {"deep": 8, "deep moe": 8, "deep, tied": 8, "deep, mixed stacks": 4, "deep mla, dense first": 4}
-REPEATS |= {
-    "deep mtp": 4,
-    "mtp": 1,
-    "mla": 1,
-    "mla, whole queries": 1,
-    WINDOWS: 1,
-    SINKS: 1,
-}  # two layers of two kinds; others have two of one
+# Repeats of the longest stack's pattern of layers, which a pipeline shares among its stages: models with two layers of
+# two kinds have 1, others 2, and these more.
+REPEATS = dict.fromkeys(("mla", "mla, whole queries", "mtp", WINDOWS, SINKS), 1)
+REPEATS |= {"deep": 8, "deep moe": 8, "deep, tied": 8, "deep, mixed stacks": 4}
+REPEATS |= {"deep mla, dense first": 4, "deep mtp": 4}
 PIECES = 6
 EXAMPLES = int(os.environ.get("JAXFORMERS_MATRIX", "60"))
 SEED = int(os.environ.get("JAXFORMERS_MATRIX_SEED", "0"))
