@@ -98,3 +98,15 @@ def test_every_mesh_of_the_walk_through_the_axes_equals_one_device_and_its_misfi
     assert told.count("equal to one device: True") == 5
     assert "equal to one device: False" not in told
     assert len(re.findall(r"^- ", told, re.MULTILINE)) == 6
+
+
+def test_the_stream_of_a_mixture_is_the_same_after_a_resume_and_for_any_number_of_processes(executed):
+    told = "\n".join(text_of(cell) for cell in code_cells(executed[FOLDER / "data.ipynb"]))
+    shares = [float(share) for share in re.findall(r"([\d.]+)% of tokens are code", told)]
+    assert shares == pytest.approx([50, 75], abs=3)
+    assert "there already: [True, True]" in told
+    assert "prose.jsonl:" in told, "the broken line is named"
+    assert told.count("the same stream: True") == 5
+    assert "the same stream: False" not in told
+    assert told.count(" is refused: ") == 2
+    assert "goes on, the same up to row 400: True" in told

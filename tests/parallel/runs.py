@@ -108,6 +108,7 @@ MODELS = {
         "routed_scaling_factor": 1.5,
     },
 }
+MODELS["mla, whole queries"] = MODELS["mla"] | {"q_lora_rank": None}
 MODELS["mtp"] = MODELS["mla"] | {"num_nextn_predict_layers": 2}
 MODELS["deep mtp"] = MODELS["deep mla, dense first"] | {"num_nextn_predict_layers": 1}
 

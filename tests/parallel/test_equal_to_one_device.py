@@ -30,6 +30,7 @@ CASES = [
     Case("dense", FSDP2_TP4, accumulation=4),
     Case("moe", FSDP2_TP4, accumulation=4),
     Case("mla", FSDP8, remat="full", accumulation=4),
+    Case("mla, whole queries", FSDP4_TP2),
     Case(WINDOWS, TP4_DP2, chunk=8),
     Case("odd", FSDP4_TP2),
 ]
@@ -54,6 +55,7 @@ MORE_CASES = [
     Case("mla", TP4_DP2, accumulation=4),
     Case("mla", FSDP2_TP4, layers="unroll"),
     Case("mla", TP8),
+    Case("mla, whole queries", TP4_DP2, accumulation=4, layers="unroll"),
     Case(WINDOWS, FSDP8, accumulation=4, layers="unroll"),
     Case(WINDOWS, FSDP2_TP4, accumulation=4, remat="dots"),
     Case(WINDOWS, TP8),

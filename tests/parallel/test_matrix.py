@@ -17,11 +17,13 @@ from hypothesis import strategies as st
 from runs import LENGTH, MODELS, ROWS, SINKS, WINDOWS, Case, assert_equal_to_one_device, trainer_of
 
 AXES = ("pp", "cp", "ep", "tp", "fsdp", "dp")
-SPARSE = ("moe", "degenerate", "mla", SINKS, "deep moe", "deep mla, dense first")
-SELECTION_BIAS = ("mla", "deep mla, dense first")
-# Repeats of the longest stack's pattern of layers, which a pipeline shares among its stages.
-REPEATS = {"deep": 8, "deep moe": 8, "deep, tied": 8, "deep, mixed stacks": 4, "deep mla, dense first": 4}
-REPEATS |= {"mla": 1, WINDOWS: 1, SINKS: 1}  # two layers of two kinds; others have two of one
+SELECTION_BIAS = ("mla", "mla, whole queries", "deep mla, dense first", "mtp", "deep mtp")
+SPARSE = ("moe", "degenerate", SINKS, "deep moe", *SELECTION_BIAS)
+# Repeats of the longest stack's pattern of layers, which a pipeline shares among its stages: models with two layers of
+# two kinds have 1, others 2, and these more.
+REPEATS = dict.fromkeys(("mla", "mla, whole queries", "mtp", WINDOWS, SINKS), 1)
+REPEATS |= {"deep": 8, "deep moe": 8, "deep, tied": 8, "deep, mixed stacks": 4}
+REPEATS |= {"deep mla, dense first": 4, "deep mtp": 4}
 PIECES = 6
 EXAMPLES = int(os.environ.get("JAXFORMERS_MATRIX", "60"))
 SEED = int(os.environ.get("JAXFORMERS_MATRIX_SEED", "0"))
