@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import xxhash
 
@@ -19,6 +19,7 @@ CHECKSUMS = "checksums.json"
 _ALGORITHM = "xxh3_128"
 _BLOCK_BYTES = 1 << 22
 _THREADS = 4
+_Found = TypeVar("_Found")
 
 
 def write_checksums(folder: Path) -> None:
@@ -26,7 +27,7 @@ def write_checksums(folder: Path) -> None:
 
     The file appears complete or not at all. OSError where something cannot be read or written.
     """
-    files = _measured(folder, _files_below(folder))
+    files = _each(_measure, folder, _files_below(folder))
     content = {"algorithm": _ALGORITHM, "files": files, "list": _list_checksum(files)}
     temporary = folder / f".{CHECKSUMS}.{os.getpid()}"
     with temporary.open("w", encoding="utf-8") as out:
@@ -44,13 +45,23 @@ def find_damage(folder: Path) -> list[str]:
         return [f"{CHECKSUMS} is missing"]
     except (OSError, ValueError) as error:
         return [f"{CHECKSUMS} is damaged ({error})"]
-    present = set(_files_below(folder))
+    try:
+        present = set(_files_below(folder))
+    except OSError as error:
+        return [f"its files cannot be listed ({error.strerror or error})"]
+    found = _each(_measure_if_readable, folder, sorted(present & expected.keys()))
     damage = [f"{name} is missing" for name in sorted(expected.keys() - present)]
     damage += [f"{name} does not belong there" for name in sorted(present - expected.keys())]
-    sizes = {name: (folder / name).stat().st_size for name in present & expected.keys()}
-    damage += [f"{n} has {s} bytes, not {expected[n][0]}" for n, s in sorted(sizes.items()) if s != expected[n][0]]
-    found = _measured(folder, sorted(name for name, size in sizes.items() if size == expected[name][0]))
-    return damage + [f"{name} has changed" for name, measured in found.items() if measured != expected[name]]
+    return damage + [f"{name} {said}" for name, now in found.items() if (said := _difference(now, expected[name]))]
+
+
+def _difference(now: list[Any] | OSError, then: list[Any]) -> str | None:
+    """How a measured file differs from what was listed of it."""
+    if isinstance(now, OSError):
+        return f"cannot be read ({now.strerror or now})"
+    if now[0] != then[0]:
+        return f"has {now[0]} bytes, not {then[0]}"
+    return None if now == then else "has changed"
 
 
 def _files_below(folder: Path) -> list[str]:
@@ -59,18 +70,25 @@ def _files_below(folder: Path) -> list[str]:
     return sorted(name for name in files if name != CHECKSUMS and not name.startswith(f".{CHECKSUMS}."))
 
 
-def _measured(folder: Path, names: list[str]) -> dict[str, list[Any]]:
-    """[size in bytes, checksum] of each file; an unreadable one has the system's reason as its checksum."""
+def _each(measure: Callable[[Path], _Found], folder: Path, names: list[str]) -> dict[str, _Found]:
     with ThreadPoolExecutor(_THREADS) as threads:
-        return dict(zip(names, threads.map(lambda name: _measure(folder / name), names), strict=True))
+        return dict(zip(names, threads.map(lambda name: measure(folder / name), names), strict=True))
 
 
 def _measure(path: Path) -> list[Any]:
+    """[size in bytes, checksum]."""
     digest, size = xxhash.xxh3_128(), 0
     for block in _blocks(path):
         digest.update(block)
         size += len(block)
     return [size, digest.hexdigest()]
+
+
+def _measure_if_readable(path: Path) -> list[Any] | OSError:
+    try:
+        return _measure(path)
+    except OSError as error:
+        return error
 
 
 def _blocks(path: Path) -> Iterator[memoryview]:
