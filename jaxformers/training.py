@@ -155,7 +155,7 @@ def fit(
     run_dir = Path(config.run_dir).expanduser()
     with ExitStack() as stack:
         stack.enter_context(jax.set_mesh(setup.mesh))
-        checkpoints = stack.enter_context(Checkpointer(run_dir, config.checkpoint))
+        checkpoints = stack.enter_context(Checkpointer(run_dir, config.checkpoint, say=_sayer(console)))
         resume_step = _resume_step(config, checkpoints, console)
         tokenizer = _tokenizer(setup)
         _check_samples(config, setup.cfg, tokenizer)
@@ -195,7 +195,11 @@ def _resume_step(config: RunConfig, checkpoints: Checkpointer, console: Console)
         raise ValueError(f"{checkpoints.folder} holds step {latest}; choose another run_dir, or checkpoint.resume=auto")
     if latest is None and resume == "must":
         raise ValueError(f"{checkpoints.folder} holds no checkpoint to resume from")
-    return checkpoints.newest_good(lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True))
+    return checkpoints.newest_good(_sayer(console))
+
+
+def _sayer(console: Console) -> Callable[[str], None]:
+    return lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _tokenizer(setup: Setup) -> Tokenizer:
@@ -351,7 +355,7 @@ def _run(
 
 def _go_back(setup: Setup, checkpoints: Checkpointer, now: TrainState, say: Callable[[str], None]) -> TrainState | None:
     """The newest checkpoint's state at the step of the given one: the steps between count as left out."""
-    checkpoints.wait()
+    checkpoints.settle()
     step = checkpoints.newest_good(say)
     if step is None:
         return None

@@ -8,11 +8,13 @@ config.json, the resolved run config and what else the caller wants checked at a
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import os
 import re
 import shutil
+import sys
 import tempfile
 import threading
 import time
@@ -62,8 +64,7 @@ class Checkpointer:
         *,
         say: Callable[[str], None] = _log.warning,
     ):
-        # What goes wrong in Orbax is raised here as one line; its threads would log a stack of tracebacks as well.
-        logging.getLogger("absl").setLevel(logging.CRITICAL + 1)
+        _hush_orbax()
         self.folder = Path(run_dir).absolute() / FOLDER
         self._config, self._say = config or CheckpointConfig(every_steps=None), say
         if self._config.on_error == "continue" and jax.process_count() > 1:
@@ -145,6 +146,8 @@ class Checkpointer:
 
     def _start(self, step: int, state: TrainState, data: grain.DatasetIterator, meta: Mapping[str, Any]) -> None:
         self._saved_at = time.monotonic()  # also of one that fails: it is tried again when the next one is due
+        if self._config.on_error == "continue":
+            self._tidy()  # threads of a save that failed may have written on after its end
         self._check_room(state)
         items = ocp_args.Composite(
             state=ocp_args.StandardSave(state),
@@ -163,6 +166,8 @@ class Checkpointer:
             if is_first():
                 unfinished = self.folder / f"{_UNFINISHED}{step}"
                 write_checksums(unfinished)
+                for path in unfinished.rglob("*"):
+                    _sync(path)
                 os.replace(unfinished, self.folder / str(step))
                 _sync(self.folder)
                 for old in to_remove(self.steps, keep_last=self._config.keep_last, keep_every=self._config.keep_every):
@@ -207,7 +212,11 @@ class Checkpointer:
         with suppress(Exception):  # what it could not write it may not be able to close either
             self._orbax.close()
         self._orbax = _new_writer()
-        with suppress(OSError):  # as above; what stays is removed at the next start
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """Gives back the room that saves which failed have taken, as far as the disk lets us."""
+        with suppress(OSError):
             self._clean()
 
     def _check_room(self, state: TrainState) -> None:
@@ -219,10 +228,10 @@ class Checkpointer:
             raise OSError(f"it needs {need / 1e6:,.1f} MB, and the disk has {free / 1e6:,.1f} MB left")
 
     def _cannot_save(self, reason: str) -> CheckpointError:
-        latest = None
+        others: list[int] = []
         with suppress(OSError):  # a disk that fails may not even list them
-            latest = self.latest_step
-        kept = "there is none yet" if latest is None else f"the newest complete one is step {latest}"
+            others = [step for step in self.steps if step != self._writing]
+        kept = f"the newest complete one is step {others[-1]}" if others else "there is none yet"
         return CheckpointError(f"cannot save step {self._writing} in {self.folder} ({kept}): {reason}")
 
     def newest_good(self, say: Callable[[str], None]) -> int | None:
@@ -313,6 +322,20 @@ def to_remove(steps: Sequence[int], *, keep_last: int, keep_every: int | None) -
     return [step for step in steps[:-keep_last] if keep_every is None or step % keep_every]
 
 
+@functools.cache
+def _hush_orbax() -> None:
+    """What goes wrong in Orbax is raised as one line; its threads would print a stack of tracebacks as well."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL + 1)
+    before = sys.unraisablehook
+
+    def hook(found: sys.UnraisableHookArgs) -> None:
+        # Of writes that were under way when another one failed; each would say so.
+        if not (isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == "Event loop is closed"):
+            before(found)
+
+    sys.unraisablehook = hook
+
+
 def _new_writer() -> ocp.AsyncCheckpointer:
     options = ocp.AsyncOptions(timeout_secs=_SAVE_SECONDS)
     return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
@@ -323,10 +346,10 @@ def _is_step(name: str) -> bool:
     return name.isdecimal() and name == str(int(name))
 
 
-def _sync(folder: Path) -> None:
-    """Makes a rename in the folder survive a power cut, where the system lets folders be opened."""
+def _sync(path: Path) -> None:
+    """Makes a file, or the names in a folder, survive a power cut, where the system lets folders be opened."""
     if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:

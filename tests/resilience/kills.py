@@ -15,7 +15,6 @@ import itertools
 import os
 import random
 import signal
-import sys
 import time
 import traceback
 from dataclasses import dataclass
