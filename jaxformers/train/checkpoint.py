@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -29,6 +30,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import args as ocp_args
+from orbax.checkpoint._src.futures import future as orbax_future  # threads that nothing public can end
 
 from jaxformers.models.params import Params
 from jaxformers.parallel.distributed import agree, is_first, wait_for_all
@@ -42,6 +44,7 @@ _UNFINISHED = ".unfinished-"  # begins the names of checkpoints that are being w
 _SAVE_SECONDS = 3600  # for the processes of a run to write one checkpoint
 _NAMED = 4  # damaged files in an error before it says how many more there are
 _NOTHING, _ALL_DAMAGED = -1, -2
+_ORBAX_COROUTINES = "cancellable|_create_paths|_async_serialize|_serialize|JsonCheckpoint|BasePyTreeCheckpoint"
 _log = logging.getLogger(__name__)
 
 
@@ -205,6 +208,7 @@ class Checkpointer:
     def _fail(self, reason: Exception) -> None:
         error = self._cannot_save(_reason(reason))
         error.__cause__ = reason
+        _release_threads()
         if self._config.on_error == "stop":
             raise error
         self._lost = error
@@ -326,6 +330,7 @@ def to_remove(steps: Sequence[int], *, keep_last: int, keep_every: int | None) -
 def _hush_orbax() -> None:
     """What goes wrong in Orbax is raised as one line; its threads would print a stack of tracebacks as well."""
     logging.getLogger("absl").setLevel(logging.CRITICAL + 1)
+    warnings.filterwarnings("ignore", message=f"coroutine '({_ORBAX_COROUTINES}).*' was never awaited")
     before = sys.unraisablehook
 
     def hook(found: sys.UnraisableHookArgs) -> None:
@@ -334,6 +339,16 @@ def _hush_orbax() -> None:
             before(found)
 
     sys.unraisablehook = hook
+
+
+def _release_threads() -> None:
+    """Ends what waits in Orbax for folders that a failed save will never make: after the failure it would wait, and
+    the process with it, for many minutes."""
+    for thread in threading.enumerate():
+        if isinstance(thread, orbax_future._SignalingThread):
+            with suppress(Exception):  # it has ended meanwhile, or whoever passes signals on has
+                thread.cancel()
+                orbax_future.set_signals(thread._receive_signals, operation_id=thread._operation_id)
 
 
 def _new_writer() -> ocp.AsyncCheckpointer:
