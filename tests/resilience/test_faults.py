@@ -162,7 +162,7 @@ def small_disk(tmp_path):
 
 @pytest.mark.parametrize("noticed_before", [True, False])
 def test_a_full_disk_costs_saves_until_there_is_room_again(small_disk, monkeypatch, noticed_before):
-    monkeypatch.setattr("jaxformers.train.checkpoint.SPARE_BYTES", 0 if noticed_before else -(10**9))
+    monkeypatch.setattr("jaxformers.train.checkpoint.SPARE_BYTES", 10**5 if noticed_before else -(10**9))
     said = []
     keep_all = CONTINUE.model_copy(update={"keep_last": 100})
     with Checkpointer(small_disk, keep_all, say=said.append) as checkpoints:
