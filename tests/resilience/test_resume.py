@@ -15,7 +15,12 @@ from tiny import assert_bit_equal, run_config, write_corpus
 import jaxformers as jf
 
 MESH = {"dp": 8, "fsdp": 1}
-OTHER_MESHES = ({"dp": 2, "fsdp": 4}, {"dp": 1, "fsdp": 4, "tp": 2}, {"dp": 4, "fsdp": 1, "cp": 2}, {"dp": 1, "fsdp": 8})
+OTHER_MESHES = (
+    {"dp": 2, "fsdp": 4},
+    {"dp": 1, "fsdp": 8},
+    {"dp": 1, "fsdp": 4, "tp": 2},
+    {"dp": 4, "fsdp": 1, "cp": 2},
+)
 
 
 @dataclass(frozen=True)
