@@ -4,8 +4,10 @@
 
 Each round saves the same state once in each way, into a new folder on the disk of DIR; all happens in the background of
 a run, which goes on meanwhile. `of a save` is the time of the checksums alone over that of the whole save they are part
-of, which a machine that slows down between two saves does not change. The target is 3%. A core hashes 11 GB/s of a file it has just written (a copy out of the page cache, and XXH3, at
-20 GB/s each); mapped files would spare the copy, but a bad disk would then end the process in place of an error.
+of, which a machine that slows down between two saves does not change. The target is 3%.
+
+A core hashes 11 GB/s of a file that was just written: a copy out of the page cache, and XXH3, at 20 GB/s each. Mapped
+files would spare the copy, but a bad disk would then end the process in place of an error.
 """
 
 from __future__ import annotations
