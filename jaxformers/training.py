@@ -159,7 +159,9 @@ def fit(
     run_dir = Path(config.run_dir).expanduser()
     with ExitStack() as stack:
         stack.enter_context(jax.set_mesh(setup.mesh))
-        checkpoints = stack.enter_context(Checkpointer(run_dir, config.checkpoint))
+        checkpoints = stack.enter_context(
+            Checkpointer(run_dir, config.checkpoint, say=partial(_print, console=console))
+        )
         resume_step = _resume_step(config, checkpoints, console)
         tokenizer = _tokenizer(setup)
         _check_samples(config, setup.cfg, tokenizer)
@@ -198,7 +200,7 @@ def _resume_step(config: RunConfig, checkpoints: Checkpointer, console: Console)
         raise ValueError(f"{checkpoints.folder} holds step {latest}; choose another run_dir, or checkpoint.resume=auto")
     if latest is None and resume == "must":
         raise ValueError(f"{checkpoints.folder} holds no checkpoint to resume from")
-    return checkpoints.newest_good(lambda line: _print(line, console))
+    return checkpoints.newest_good(partial(_print, console=console))
 
 
 def _tokenizer(setup: Setup) -> Tokenizer:
@@ -408,7 +410,7 @@ def _replay(
 
 def _go_back(setup: Setup, checkpoints: Checkpointer, now: TrainState, say: Callable[[str], None]) -> TrainState | None:
     """The newest checkpoint's state at the step of the given one: the steps between count as left out."""
-    checkpoints.wait()
+    checkpoints.settle()
     step = checkpoints.newest_good(say)
     if step is None:
         return None

@@ -250,6 +250,11 @@ class CheckpointConfig(BaseModel):
         True,
         description="Whether a resume compares files with their checksums and passes a damaged checkpoint over.",
     )
+    on_error: Literal["stop", "continue"] = Field(
+        "stop",
+        description="A checkpoint that cannot be written: ends the run, or is a line, and the next one is another try "
+        "(the last one always has to be written).",
+    )
     resume: Literal["auto", "never", "must"] = Field(
         "auto",
         description="auto: go on from the newest checkpoint, if any; never: refuse a run that has one; "

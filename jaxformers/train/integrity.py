@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
 CHECKSUMS = "checksums.json"
-_ALGORITHM = "xxh3_128"
-_BLOCK_BYTES = 1 << 22
+_ALGORITHM = "xxh3_128_chunks"
+_CHUNK_BYTES = 1 << 26  # of a file, which threads read at the same time; part of what a checksum means
+_BLOCK_BYTES = 1 << 20
 _THREADS = 4
 
 
@@ -26,7 +27,10 @@ def write_checksums(folder: Path) -> None:
 
     The file appears complete or not at all. OSError where something cannot be read or written.
     """
-    files = _measured(folder, _files_below(folder), _measure)
+    files = _measured(folder, _files_below(folder))
+    for found in files.values():
+        if isinstance(found, OSError):
+            raise found
     content = {"algorithm": _ALGORITHM, "files": files, "list": _list_checksum(files)}
     temporary = folder / f".{CHECKSUMS}.{os.getpid()}"
     with temporary.open("w", encoding="utf-8") as out:
@@ -47,16 +51,32 @@ def find_damage(folder: Path, *, contents: bool = True) -> list[str]:
         return [f"{CHECKSUMS} is missing"]
     except (OSError, ValueError) as error:
         return [f"{CHECKSUMS} is damaged ({error})"]
-    present = set(_files_below(folder))
+    try:
+        present = set(_files_below(folder))
+    except OSError as error:
+        return [f"its files cannot be listed ({error.strerror or error})"]
+    both = sorted(present & expected.keys())
+    found = _measured(folder, both) if contents else {name: _size(folder / name, expected[name][1]) for name in both}
     damage = [f"{name} is missing" for name in sorted(expected.keys() - present)]
     damage += [f"{name} does not belong there" for name in sorted(present - expected.keys())]
-    sizes = {name: (folder / name).stat().st_size for name in present & expected.keys()}
-    damage += [f"{n} has {s} bytes, not {expected[n][0]}" for n, s in sorted(sizes.items()) if s != expected[n][0]]
-    if not contents:
-        return damage
-    found = _measured(folder, sorted(name for name, size in sizes.items() if size == expected[name][0]), _try)
-    damage += [f"{name} cannot be read ({reason})" for name, reason in found.items() if isinstance(reason, str)]
-    return damage + [f"{n} has changed" for n, now in found.items() if isinstance(now, list) and now != expected[n]]
+    return damage + [f"{name} {said}" for name, now in found.items() if (said := _difference(now, expected[name]))]
+
+
+def _difference(now: list[Any] | OSError, then: list[Any]) -> str | None:
+    """How a measured file differs from what was listed of it."""
+    if isinstance(now, OSError):
+        return f"cannot be read ({now.strerror or now})"
+    if now[0] != then[0]:
+        return f"has {now[0]} bytes, not {then[0]}"
+    return None if now == then else "has changed"
+
+
+def _size(path: Path, checksum: str) -> list[Any] | OSError:
+    """[size in bytes, the given checksum] of a file that is not read."""
+    try:
+        return [path.stat().st_size, checksum]
+    except OSError as error:
+        return error
 
 
 def _files_below(folder: Path) -> list[str]:
@@ -65,33 +85,37 @@ def _files_below(folder: Path) -> list[str]:
     return sorted(name for name in files if name != CHECKSUMS and not name.startswith(f".{CHECKSUMS}."))
 
 
-def _measured(folder: Path, names: list[str], measure: Callable[[Path], Any]) -> dict[str, Any]:
-    """What `measure` says of each file."""
+def _measured(folder: Path, names: list[str]) -> dict[str, list[Any] | OSError]:
+    """[size in bytes, checksum of its chunks' checksums] of each file, or why it cannot be read."""
     with ThreadPoolExecutor(_THREADS) as threads:
-        return dict(zip(names, threads.map(lambda name: measure(folder / name), names), strict=True))
+        parts = {name: [threads.submit(_chunk, folder / name, i) for i in _starts(folder / name)] for name in names}
+        return {name: _joined(chunks) for name, chunks in parts.items()}
 
 
-def _try(path: Path) -> list[Any] | str:
-    """[size in bytes, checksum], or the system's reason why a file cannot be read."""
+def _starts(path: Path) -> range:
+    """Where the chunks of a file begin; there is a first one in any case, which is read to find out why."""
     try:
-        return _measure(path)
-    except OSError as error:
-        return error.strerror or str(error)
+        return range(0, max(path.stat().st_size, 1), _CHUNK_BYTES)
+    except OSError:
+        return range(1)
 
 
-def _measure(path: Path) -> list[Any]:
-    digest, size = xxhash.xxh3_128(), 0
-    for block in _blocks(path):
-        digest.update(block)
-        size += len(block)
-    return [size, digest.hexdigest()]
-
-
-def _blocks(path: Path) -> Iterator[memoryview]:
-    buffer = memoryview(bytearray(_BLOCK_BYTES))
+def _chunk(path: Path, start: int) -> tuple[int, bytes]:
+    digest, left, buffer = xxhash.xxh3_128(), _CHUNK_BYTES, memoryview(bytearray(_BLOCK_BYTES))
     with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            yield buffer[:count]
+        file.seek(start)
+        while count := file.readinto(buffer[:left]):
+            digest.update(buffer[:count])
+            left -= count
+    return _CHUNK_BYTES - left, digest.digest()
+
+
+def _joined(chunks: list[Future[tuple[int, bytes]]]) -> list[Any] | OSError:
+    try:
+        sizes, digests = zip(*(chunk.result() for chunk in chunks), strict=True)
+    except OSError as error:
+        return error
+    return [sum(sizes), xxhash.xxh3_128(b"".join(digests)).hexdigest()]
 
 
 def _list_checksum(files: Mapping[str, Any]) -> str:

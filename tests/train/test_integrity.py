@@ -73,7 +73,7 @@ def test_two_files_that_changed_places_are_named(folder):
     [
         ("", "Expecting value"),
         ("[]", "it has other keys than it was written with"),
-        ('{"algorithm": "xxh3_128", "files": {}, "list": ""}', "its list of files has changed"),
+        ('{"algorithm": "xxh3_128_chunks", "files": {}, "list": ""}', "its list of files has changed"),
         ('{"algorithm": "md5", "files": {}, "list": ""}', "its algorithm is 'md5', not xxh3_128"),
     ],
 )
@@ -81,3 +81,20 @@ def test_a_damaged_list_of_checksums_is_damage(folder, content, reason):
     (folder / CHECKSUMS).write_text(content)
     [line] = find_damage(folder)
     assert line.startswith(f"{CHECKSUMS} is damaged ({reason}")
+
+
+def test_a_change_in_any_chunk_of_a_large_file_is_found(folder, monkeypatch):
+    monkeypatch.setattr("jaxformers.train.integrity._CHUNK_BYTES", 1000)
+    write_checksums(folder)
+    large = folder / "state/d/0a"
+    for bit in range(1, 8 * 9000, 8 * 999):
+        flip(large, bit)
+        assert find_damage(folder) == ["state/d/0a has changed"]
+        flip(large, bit)
+    content = large.read_bytes()
+    large.write_bytes(content[1000:2000] + content[:1000] + content[2000:])
+    assert find_damage(folder) == ["state/d/0a has changed"]
+    large.write_bytes(content[:-1])
+    assert find_damage(folder) == ["state/d/0a has 8999 bytes, not 9000"]
+    large.write_bytes(content)
+    assert find_damage(folder) == []
