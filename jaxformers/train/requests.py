@@ -35,6 +35,7 @@ class Requests:
         A signal may reach one process and not another, or later: several processes settle where they `ask` each other,
         which all must do at the same points of the program.
         """
+        self.save = False
         if not asks:
             return
         if self._signal is None and self.deadline is not None and time.perf_counter() + reserve >= self.deadline:
