@@ -63,4 +63,4 @@ def test_every_weight_of_every_module_is_trained():
     start = one_device("mtp", (("mtp_loss", 0.0), *BIAS)).params["mtp"]
     trained = one_device("mtp", BIAS).params["mtp"]
     for (path, before), after in zip(jax.tree_util.tree_leaves_with_path(start), jax.tree.leaves(trained), strict=True):
-        assert relative_error(after, before) > 1e-3, path_name(path)
+        assert relative_error(after, before) > 1e-4, path_name(path)

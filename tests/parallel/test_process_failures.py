@@ -20,12 +20,12 @@ SMALL = LLAMA | {"num_hidden_layers": 1}
 # What a `sitecustomize` does to process 1 when it starts.
 UNREADABLE = """
 from jaxformers.data import rows
-get = rows.PackedRows.__getitem__
-def __getitem__(self, n):
-    if n >= 40:
+read = rows.PackedRows.batch
+def batch(self, numbers):
+    if max(numbers) >= 40:
         raise ValueError("row 40 cannot be read on this machine")
-    return get(self, n)
-rows.PackedRows.__getitem__ = __getitem__
+    return read(self, numbers)
+rows.PackedRows.batch = batch
 """
 OTHER_DATA = """
 from jaxformers.data import rows
@@ -34,16 +34,18 @@ rows.PackedRows.fingerprint = property(lambda self: "of other files")
 KILLED_WHILE_SAVING = """
 import os, signal
 import orbax.checkpoint as ocp
-save = ocp.CheckpointManager.save
-def save_and_die(self, step, **settings):
-    save(self, step, **settings)
-    if step == 4:
+save = ocp.AsyncCheckpointer.save
+def save_and_die(self, directory, **settings):
+    save(self, directory, **settings)
+    if directory.name.endswith("-4"):
         os.kill(os.getpid(), signal.SIGKILL)
-ocp.CheckpointManager.save = save_and_die
+ocp.AsyncCheckpointer.save = save_and_die
 """
 
 
-def launch(folder: Path, *, steps: int = 100_000, sabotage: str | None = None, **sections) -> subprocess.Popen:
+def launch(
+    folder: Path, *, steps: int = 100_000, sabotage: str | None = None, restarts: int = 0, **sections
+) -> subprocess.Popen:
     """`jaxformers launch --processes 2 -- train CONFIG`, where process 1 may be sabotaged."""
     values = run_config(
         folder,
@@ -61,7 +63,8 @@ def launch(folder: Path, *, steps: int = 100_000, sabotage: str | None = None, *
         text = f"import os\nif os.environ.get('JAX_PROCESS_ID') == '1':\n{body}"
         (folder / "sitecustomize.py").write_text(text, encoding="utf-8")
         path.insert(0, str(folder))
-    command = ["-m", "jaxformers", "launch", "--processes", "2", "--", "train", str(config)]
+    options = ["--processes", "2", "--restarts", str(restarts)]
+    command = ["-m", "jaxformers", "launch", *options, "--", "train", str(config)]
     return start(command, PYTHONPATH=os.pathsep.join(path))
 
 
@@ -151,3 +154,38 @@ def test_sigterm_to_the_launcher_saves_one_checkpoint_of_all_and_ends_well(tmp_p
     assert steps == list(range(1, steps[-1] + 1))
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [str(steps[-1])]
     assert any(line.startswith("stopped by ") and f"at step {steps[-1]};" in line for line in lines)
+
+
+KILLED_ONCE = """
+from pathlib import Path
+died = Path(__file__).with_name("died")
+if not died.exists():
+    import os, signal
+    import orbax.checkpoint as ocp
+    save = ocp.AsyncCheckpointer.save
+    def save_and_die(self, directory, **settings):
+        save(self, directory, **settings)
+        if directory.name.endswith("-4"):
+            died.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+    ocp.AsyncCheckpointer.save = save_and_die
+"""
+
+
+@pytest.mark.slow
+def test_a_group_that_failed_is_started_again_from_the_newest_good_checkpoint(tmp_path):
+    launcher = launch(tmp_path, steps=6, sabotage=KILLED_ONCE, restarts=2, checkpoint={"every_steps": 2})
+    lines = last_words(launcher)
+    assert launcher.returncode == 0, lines
+    assert "jaxformers: starting again; 1 more restarts are left" in lines
+    assert "resuming from step 2" in lines
+    assert curve_of(tmp_path / "run")[:, 0].tolist() == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_mistake_is_not_started_again(tmp_path):
+    command = ["-m", "jaxformers", "launch", "--processes", "1", "--restarts", "3", "--", "train", "no.yaml"]
+    launcher = start(command, PYTHONPATH=str(ROOT))
+    lines = last_words(launcher)
+    assert launcher.returncode == 2
+    assert lines[-1] == "jaxformers: no.yaml: no such config file"
+    assert not any("starting again" in line for line in lines)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxformers.train.checkpoint import Checkpointer
+from jaxformers.train.checkpoint import META_KEYS, Checkpointer
 from jaxformers.train.config import GuardConfig
 from jaxformers.train.guard import new_guard
 from jaxformers.train.state import TrainState
@@ -42,8 +42,13 @@ def state_of(step: int) -> TrainState:
     return TrainState(jnp.asarray(step, jnp.int32), params, moments, key, new_guard(GuardConfig()))
 
 
+def said_at(step: int) -> dict[str, Any]:
+    """Metadata, with the keys that every run's has."""
+    return dict.fromkeys(META_KEYS, "none") | {"said at": step}
+
+
 def save(checkpoints: Checkpointer, step: int) -> None:
-    checkpoints.save(state_of(step), Position(step), {"said at": step})
+    checkpoints.save(state_of(step), Position(step), said_at(step))
 
 
 def restored(checkpoints: Checkpointer, step: int) -> tuple[TrainState, int | None, dict[str, Any]]:
@@ -59,6 +64,6 @@ def assert_right(run: Path, step: int) -> None:
     with Checkpointer(run) as checkpoints:
         checkpoints.check(step)
         state, position, meta = restored(checkpoints, step)
-    assert (position, meta) == (step, {"said at": step})
+    assert (position, meta) == (step, said_at(step))
     ours, truth = jax.tree.leaves(jax.device_get(state)), jax.tree.leaves(jax.device_get(state_of(step)))
     assert [a.tobytes() for a in ours] == [b.tobytes() for b in truth]

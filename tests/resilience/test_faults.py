@@ -11,7 +11,7 @@ import time
 
 import pytest
 from faults import BAD_DISK, CALLS, NO_SPACE, Faults
-from saving import Position, assert_right, save, state_of
+from saving import Position, assert_right, said_at, save, state_of
 
 import jaxformers as jf
 from jaxformers.train.checkpoint import FOLDER, Checkpointer, CheckpointError
@@ -193,7 +193,7 @@ def test_a_slow_disk_delays_neither_the_run_nor_changes_what_is_saved(tmp_path, 
     monkeypatch.setattr(os, "replace", replaced)
     with Checkpointer(tmp_path, STOP) as checkpoints:
         state = state_of(1)
-        checkpoints.save(state, Position(1), {"said at": 1})
+        checkpoints.save(state, Position(1), said_at(1))
         for array in state.params.values():
             array.delete()
         assert checkpoints.steps == []
