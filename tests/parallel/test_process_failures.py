@@ -1,6 +1,5 @@
 """When one of several processes fails, all stop within a minute, and what went wrong with that one comes last."""
 
-import json
 import os
 import signal
 import subprocess
@@ -126,7 +125,7 @@ def test_a_process_killed_while_saving_leaves_a_run_that_goes_on_from_the_save_b
     launcher = launch(tmp_path, steps=6, checkpoint={"every_steps": 2})
     lines = last_words(launcher)
     assert launcher.returncode == 0, lines
-    assert "resuming from step 2" in lines
+    assert any(line.startswith("resuming from step 2: restored") for line in lines)
     assert curve_of(tmp_path / "run")[:, 0].tolist() == [1, 2, 3, 4, 5, 6]
     assert np.isfinite(curve_of(tmp_path / "run")).all()
 
@@ -150,7 +149,7 @@ def test_sigterm_to_the_launcher_saves_one_checkpoint_of_all_and_ends_well(tmp_p
     launcher.terminate()
     lines = last_words(launcher, seconds=MINUTE)
     assert launcher.returncode == 0, lines
-    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = curve_of(tmp_path / "run")[:, 0].astype(int).tolist()
     assert steps == list(range(1, steps[-1] + 1))
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [str(steps[-1])]
     assert any(line.startswith("stopped by ") and f"at step {steps[-1]};" in line for line in lines)
@@ -178,7 +177,7 @@ def test_a_group_that_failed_is_started_again_from_the_newest_good_checkpoint(tm
     lines = last_words(launcher)
     assert launcher.returncode == 0, lines
     assert "jaxformers: starting again; 1 more restarts are left" in lines
-    assert "resuming from step 2" in lines
+    assert any(line.startswith("resuming from step 2: restored") for line in lines)
     assert curve_of(tmp_path / "run")[:, 0].tolist() == [1, 2, 3, 4, 5, 6]
 
 
