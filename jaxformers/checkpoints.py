@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from jaxformers.train.reshard import reshard
 from jaxformers.train.restore import check_fits
 from jaxformers.train.shelf import find_checkpoints
 from jaxformers.train.stored import named_leaves
+from jaxformers.training import trainer_of
 
 # What stands beside weights in a directory and is no part of the model's description.
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf", ".*")
@@ -74,8 +74,7 @@ def average(
 
 def _check_alike(ref: str, model: FoundModel, other_ref: str, other: FoundModel) -> None:
     a, b = model.config, other.config
-    if a != b:
-        names = [f.name for f in fields(ModelConfig) if f.compare and getattr(a, f.name) != getattr(b, f.name)]
+    if names := a.differences(b):
         raise ValueError(f"{ref} and {other_ref} are not of one architecture: they differ in {', '.join(names)}")
     tokenizers = model.tokenizer, other.tokenizer
     if all(tokenizers) and tokenizers[0].fingerprint != tokenizers[1].fingerprint:  # type: ignore[union-attr]
@@ -197,14 +196,7 @@ def _config_of(meta: Mapping[str, Any], checkpoint: Path, run: Path, sizes: Mapp
 
 def _trainer(config: RunConfig, cfg: ModelConfig, sizes: Mapping[str, int]) -> Trainer:
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
-    return Trainer(
-        cfg,
-        mesh,  # type: ignore[arg-type]  # shapes and shardings need no devices
-        config.data.sequence_length,
-        train=config.train,
-        runtime=config.runtime.model_copy(update={"offload": "none"}),  # where arrays wait has no part in their shape
-        optimizer=config.optimizer,
-        schedule=config.schedule,
-        loss=config.loss,
-        guard=config.guard,
-    )
+    # Where arrays wait has no part in their shape.
+    runtime = config.runtime.model_copy(update={"offload": "none"})
+    config = config.model_copy(update={"runtime": runtime})
+    return trainer_of(config, cfg, mesh)  # type: ignore[arg-type]  # shapes and shardings need no devices

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ from jaxformers.data.cache import DOCUMENTS, MANIFEST, TOKENIZER, TOKENS, TokenC
 from jaxformers.data.config import DataConfig
 from jaxformers.data.corpus import open_corpus
 from jaxformers.data.figures import PERCENTILES, Histogram, Lengths, Segment, histogram_of, lengths_of, segments_of
-from jaxformers.data.rows import PackedRows
+from jaxformers.data.rows import PackedRows, Rows
 from jaxformers.data.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -76,9 +76,15 @@ class Inspection:
 
 
 def inspect_config(
-    config: DataConfig, tokenizer: Tokenizer, *, top: int = 10, rows: Sequence[int] = (), name: str = "CONFIG"
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    top: int = 10,
+    rows: Sequence[int] = (),
+    name: str = "CONFIG",
+    rows_before: Callable[[int], int] | None = None,
 ) -> Inspection:
-    """The figures of every source of a config, and some training rows of them all.
+    """The figures of every source of a config, and some training rows of them all. `rows_before` as of `open_corpus`.
 
     Raises:
         ValueError: a source that has not been tokenized yet; `name` is how the line calls the config. A row past the
@@ -91,13 +97,11 @@ def inspect_config(
             state = f"damaged ({why})" if directory.exists() else "not tokenized yet"
             corpus = f"source {source!r}" if source else "this corpus"
             raise ValueError(f"{corpus} is {state}: run `jaxformers data tokenize {name}` first")
-        caches[source] = (own, map_cache(directory))
-    sources = tuple(
-        _figures(source, cache, tokenizer, open_corpus(own, tokenizer).train, top)
-        for source, (own, cache) in caches.items()
-    )
-    train = open_corpus(config, tokenizer).train if rows else None
-    return Inspection(sources, tuple(_shown(train, number, tokenizer) for number in rows))
+        caches[source] = map_cache(directory)
+    corpus = open_corpus(config, tokenizer, rows_before=rows_before)
+    trains = {source: own.train for source, own in (corpus.sources or {"": corpus}).items()}
+    sources = tuple(_figures(source, cache, tokenizer, trains[source], top) for source, cache in caches.items())
+    return Inspection(sources, tuple(_shown(corpus.train, number, tokenizer) for number in rows))
 
 
 def inspect_cache(directory: Path, config: DataConfig, *, top: int = 10, rows: Sequence[int] = ()) -> Inspection:
@@ -141,9 +145,9 @@ def _figures(name: str, cache: TokenCache, tokenizer: Tokenizer, rows: PackedRow
     )
 
 
-def _shown(rows: PackedRows, number: int, tokenizer: Tokenizer) -> ShownRow:
+def _shown(rows: Rows, number: int, tokenizer: Tokenizer) -> ShownRow:
     if number >= len(rows):
-        raise ValueError(f"there is no row {number}: an epoch has {rows.rows_per_epoch} rows")
+        raise ValueError(f"there is no row {number}: there are {len(rows)} rows")
     return ShownRow(number, tuple(_piece(segment, tokenizer) for segment in segments_of(rows[number])))
 
 

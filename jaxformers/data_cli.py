@@ -298,7 +298,14 @@ def inspect(
     numbers = range(row, row + rows)
     if Path(what).suffix in (".yaml", ".yml"):
         config = _read([what, *(overrides or ())], tokenizer, ())
-        found = inspect_config(config.data, _tokenizer(config, tokenizer), top=top, rows=numbers, name=what)
+        found = inspect_config(
+            config.data,
+            _tokenizer(config, tokenizer),
+            top=top,
+            rows=numbers,
+            name=what,
+            rows_before=config.train.rows_before,
+        )
     else:
         if tokenizer is not None:
             raise ValueError("a cache holds its tokenizer: --tokenizer is for configs")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from jaxformers.data.tokenizer import Tokenizer
@@ -30,9 +30,7 @@ class Start:
     def check(self, cfg: ModelConfig, tokenizer: Tokenizer) -> str | None:
         """A note, if other versions of libraries wrote it. ValueError for another model's or tokenizer's."""
         saved, folder = self.checkpoints.meta(self.step), self.checkpoints.folder
-        before = read_config(saved["model"])
-        if before != cfg:
-            names = [f.name for f in fields(cfg) if f.compare and getattr(before, f.name) != getattr(cfg, f.name)]
+        if names := read_config(saved["model"]).differences(cfg):
             raise ValueError(
                 f"{folder} holds another model's checkpoint (it differs in {', '.join(names)}); {self.remedy}"
             )

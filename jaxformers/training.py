@@ -49,7 +49,7 @@ from jaxformers.train.watchdog import Watchdog
 @dataclass(frozen=True)
 class FitResult:
     """How a run ended: the step it reached, the last metrics, the last evaluation, texts it continues its sample
-    prompts with, and the signal that stopped it early, if one did. `model` holds the trained parameters."""
+    prompts with, and what stopped it early, a signal or the time limit. `model` holds the trained parameters."""
 
     run_dir: Path
     model: Model
@@ -88,7 +88,14 @@ def prepare_run(config: RunConfig) -> Setup:
     else:
         cfg = read_config(config.model)
     _check_config(config, cfg)
-    trainer = Trainer(
+    trainer = trainer_of(config, cfg, mesh)
+    trainer.check()
+    return Setup(config, trainer, pretrained)
+
+
+def trainer_of(config: RunConfig, cfg: ModelConfig, mesh: Mesh) -> Trainer:
+    """The training of a model on a mesh as a config says."""
+    return Trainer(
         cfg,
         mesh,
         config.data.sequence_length,
@@ -99,8 +106,6 @@ def prepare_run(config: RunConfig) -> Setup:
         loss=config.loss,
         guard=config.guard,
     )
-    trainer.check()
-    return Setup(config, trainer, pretrained)
 
 
 def _check_config(config: RunConfig, cfg: ModelConfig) -> None:
@@ -159,16 +164,15 @@ def fit(
     run_dir = Path(config.run_dir).expanduser()
     with ExitStack() as stack:
         stack.enter_context(jax.set_mesh(setup.mesh))
-        checkpoints = stack.enter_context(
-            Checkpointer(run_dir, config.checkpoint, say=partial(_print, console=console))
-        )
-        resume_step = _resume_step(config, checkpoints, console)
+        say = partial(_print, console=console)
+        checkpoints = stack.enter_context(Checkpointer(run_dir, config.checkpoint, say=say))
+        resume_step = _resume_step(config, checkpoints, say)
         tokenizer = _tokenizer(setup)
         _check_samples(config, setup.cfg, tokenizer)
         meta = _meta(setup, tokenizer)
-        start = find_start(config.checkpoint, checkpoints, resume_step, stack, partial(_print, console=console))
+        start = find_start(config.checkpoint, checkpoints, resume_step, stack, say)
         if start is not None and (note := start.check(setup.cfg, tokenizer)):
-            _print(note, console)
+            say(note)
         corpus = _open_corpus(config, tokenizer, console)
         _say_corpus(corpus, console)
         _check_same_everywhere(_fingerprint(corpus), "data", done="open its data")
@@ -193,14 +197,14 @@ def _check_same_everywhere(value: str, name: str, *, done: str) -> None:
         raise ValueError(f"process {', '.join(map(str, others))} has another {name} than process 0; all need the same")
 
 
-def _resume_step(config: RunConfig, checkpoints: Checkpointer, console: Console) -> int | None:
+def _resume_step(config: RunConfig, checkpoints: Checkpointer, say: Callable[[str], None]) -> int | None:
     """The step to go on from, None for a fresh start."""
     latest, resume = checkpoints.latest_step, config.checkpoint.resume
     if latest is not None and resume == "never":
         raise ValueError(f"{checkpoints.folder} holds step {latest}; choose another run_dir, or checkpoint.resume=auto")
     if latest is None and resume == "must":
         raise ValueError(f"{checkpoints.folder} holds no checkpoint to resume from")
-    return checkpoints.newest_good(partial(_print, console=console))
+    return checkpoints.newest_good(say)
 
 
 def _tokenizer(setup: Setup) -> Tokenizer:
@@ -397,12 +401,21 @@ def _run(
         display.close()
 
 
+def _back_to(checkpoints: Checkpointer, say: Callable[[str], None]) -> int | None:
+    """The step of the newest good checkpoint; damaged ones behind it are set aside, as their steps may be saved
+    again."""
+    step = checkpoints.newest_good(say)
+    if step is not None:
+        checkpoints.set_aside(newer_than=step)
+    return step
+
+
 def _replay(
     setup: Setup, checkpoints: Checkpointer, batches: grain.DatasetIterator[Row], say: Callable[[str], None]
 ) -> TrainState | None:
     """The newest checkpoint's state, `batches` moved to where they were then."""
     checkpoints.wait()
-    step = checkpoints.newest_good(say)
+    step = _back_to(checkpoints, say)
     if step is None:
         return None
     return setup.trainer.from_plain(checkpoints.restore(step, setup.trainer.plain_state, batches))
@@ -411,7 +424,7 @@ def _replay(
 def _go_back(setup: Setup, checkpoints: Checkpointer, now: TrainState, say: Callable[[str], None]) -> TrainState | None:
     """The newest checkpoint's state at the step of the given one: the steps between count as left out."""
     checkpoints.settle()
-    step = checkpoints.newest_good(say)
+    step = _back_to(checkpoints, say)
     if step is None:
         return None
     state = setup.trainer.from_plain(checkpoints.restore(step, setup.trainer.plain_state, None))

@@ -71,7 +71,7 @@ class PackedRows:
     """Some documents of a cache as rows, by number. Row n depends on the documents, the settings and n alone.
 
     Where a document goes on in another row, its last token here still has its target, so cutting loses none. Documents
-    in one row have segments of their own in both kinds of packing: none is meant to see another.
+    in one row have segments of their own, none being meant to see another, unless the config says that they do.
     """
 
     def __init__(

@@ -214,6 +214,11 @@ class ModelConfig:
         """A copy with some fields changed. It no longer matches its `config.json`, so `source` is dropped."""
         return dataclasses.replace(self, **{"source": None, **changes})
 
+    def differences(self, other: ModelConfig) -> list[str]:
+        """Names of the fields in which two architectures differ; empty where they are equal."""
+        compared = [f.name for f in dataclasses.fields(self) if f.compare]
+        return [name for name in compared if getattr(self, name) != getattr(other, name)]
+
 
 @dataclass(frozen=True)
 class Stack:

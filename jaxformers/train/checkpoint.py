@@ -120,7 +120,7 @@ class Checkpointer:
         """Steps of the complete checkpoints, oldest first."""
         if not self.folder.is_dir():
             return []
-        return sorted(int(path.name) for path in self.folder.iterdir() if _is_step(path.name) and path.is_dir())
+        return sorted(int(path.name) for path in self.folder.iterdir() if is_step(path.name) and path.is_dir())
 
     @property
     def latest_step(self) -> int | None:
@@ -399,7 +399,7 @@ def _new_writer() -> ocp.AsyncCheckpointer:
     return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
 
 
-def _is_step(name: str) -> bool:
+def is_step(name: str) -> bool:
     """Whether a folder has the name that the checkpoint of a step gets: 12, and not 012 or 12.damaged."""
     return name.isdecimal() and name == str(int(name))
 

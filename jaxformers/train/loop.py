@@ -14,11 +14,12 @@ from typing import Any
 
 import jax
 
+from jaxformers.parallel.distributed import agree
 from jaxformers.train.checkpoint import Checkpointer
 from jaxformers.train.config import GuardConfig, TrainConfig
 from jaxformers.train.goodput import Goodput, Purpose
 from jaxformers.train.monitor import Display, Trackers
-from jaxformers.train.recheck import any_process_disagrees, step_twice
+from jaxformers.train.recheck import step_twice
 from jaxformers.train.requests import Requests, catch_signals
 from jaxformers.train.state import TrainState
 from jaxformers.train.watch import Diverged, Watch
@@ -127,11 +128,11 @@ def train(
             every = supervision.guard.recheck_every
             if every is not None and (step + 1) % every == 0:
                 state, metrics, found = step_twice(program.step, state, batch)
-                if any_process_disagrees(found):
+                if agree(bool(found)):
                     with pause("restart"):
-                        reporter.pending = None
                         state = _replayed(step + 1, found, supervision.replay, watch, display)
                     step = int(state.step)
+                    reporter.go_on_from(step)
                     continue
             else:
                 state, metrics = program.step(state, batch)
@@ -247,6 +248,10 @@ class Reporter:
         seconds_left = (self._steps - step) * self.metrics["step_seconds"]
         self._display.update(step, self.metrics, seconds_left=seconds_left)
         return step
+
+    def go_on_from(self, step: int) -> None:
+        """The next step to be measured is the one behind this; what is pending is not reported any more."""
+        self.pending, self._last, self._last_step = None, time.perf_counter(), step
 
     def _measure(self, step: int, values: dict[str, Any]) -> dict[str, Any]:
         now = time.perf_counter()

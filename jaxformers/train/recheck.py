@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxformers.parallel.distributed import agree
 from jaxformers.train.state import TrainState
 
 Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
@@ -60,8 +59,3 @@ def disagreements(a: TrainState, b: TrainState) -> list[str]:
         if np.asarray(differs):
             found.setdefault(device, []).append(name)
     return [f"process {d.process_index}, {d}: {', '.join(found[d][:3])}" for d in sorted(found, key=lambda d: d.id)]
-
-
-def any_process_disagrees(found: list[str]) -> bool:
-    """Whether this or another process has found something."""
-    return agree(bool(found))

@@ -15,6 +15,7 @@ import numpy as np
 import tensorstore
 
 from jaxformers.train.checkpoint import FOLDER, UNFINISHED, CheckpointError, reason_of, seal
+from jaxformers.train.integrity import CHECKSUMS
 from jaxformers.train.stored import StoredArray, kvstore, open_stored
 
 # Of a state's folder: the database, and what describes its chunks or its devices.
@@ -45,7 +46,7 @@ def reshard(
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(unfinished, ignore_errors=True)
-        ignored = shutil.ignore_patterns(*_DATABASE_FILES, _SHARDINGS, _ARRAYS, "checksums.json")
+        ignored = shutil.ignore_patterns(*_DATABASE_FILES, _SHARDINGS, _ARRAYS, CHECKSUMS)
         shutil.copytree(checkpoint, unfinished, ignore=ignored)
         (unfinished / _META).write_text(json.dumps(meta), encoding="utf-8")
         _write_state(checkpoint / "state", unfinished / "state", chunks, done)

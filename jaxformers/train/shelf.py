@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from jaxformers.train.checkpoint import FOLDER, UNFINISHED, CheckpointError, remove, to_remove
+from jaxformers.train.checkpoint import FOLDER, UNFINISHED, CheckpointError, is_step, remove, to_remove
 from jaxformers.train.integrity import find_damage
 from jaxformers.train.monitor import METRICS_FILE
 
@@ -43,7 +43,7 @@ def find_checkpoints(ref: str | Path) -> list[Path]:
     if path.parent.name == FOLDER and path.is_dir() and path.name.partition(".")[0].isdecimal():
         return [path]
     folder = shelf_of(path)
-    return sorted((p for p in folder.iterdir() if p.is_dir() and p.name.isdecimal()), key=lambda p: int(p.name))
+    return sorted((p for p in folder.iterdir() if p.is_dir() and is_step(p.name)), key=lambda p: int(p.name))
 
 
 def shelf_of(run: Path) -> Path:

@@ -163,13 +163,23 @@ def test_at_a_terminal_documents_have_colours_and_what_is_not_learned_is_dim():
     )
 
 
+def test_rows_of_a_mixture_whose_weights_change_at_a_step_are_shown(run, config_file, tmp_path, jsonl):
+    (tmp_path / "note.txt").write_text("a note")
+    sources = {"texts": {"paths": str(jsonl)}, "notes": {"paths": f"{tmp_path}/*.txt", "validation_fraction": 0.0}}
+    path = config_file(paths=[], sources=sources, weights_at_step={1: {"notes": 9.0}})
+    assert run("data", "tokenize", path).code == 0
+    found = json.loads(run("data", "inspect", path, "--rows", 2, "--json").out)
+    assert {source["name"] for source in found["sources"]} == {"texts", "notes"}
+    assert [row["number"] for row in found["rows"]] == [0, 1]
+
+
 @pytest.mark.parametrize(
     "case, said",
     [
         ("fresh", "this corpus is not tokenized yet: run `jaxformers data tokenize {path}` first"),
         ("source", "source 'notes' is not tokenized yet: run `jaxformers data tokenize {path}` first"),
         ("damaged", "this corpus is damaged (documents.bin is missing): run `jaxformers data tokenize {path}` first"),
-        ("row", "there is no row 5: an epoch has 5 rows"),
+        ("row", "there is no row 5: there are 5 rows"),
         ("folder", "{tmp} is neither a config (.yaml) nor the folder of a token cache"),
     ],
 )

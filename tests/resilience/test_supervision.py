@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from tiny import assert_bit_equal, run_config
+from tiny import assert_bit_equal, flip, run_config
 
 import jaxformers as jf
 from jaxformers.train import recheck
@@ -70,8 +70,28 @@ def test_a_flipped_bit_is_caught_named_and_undone(clean, config, capsys, flip_on
     assert named
     assert re.search(r"process 0, cpu:3: params\.embed", named[1])
     assert_bit_equal(jax.device_get(result.model.params), jax.device_get(clean[1].model.params))
+    assert all(line["step_seconds"] > 0 for line in metrics_of(config) if "loss" in line)
     lines = [(line["step"], line["loss"]) for line in metrics_of(config) if "loss" in line]
     assert lines == [(line["step"], line["loss"]) for line in metrics_of(clean[0]) if "loss" in line]
+
+
+def test_a_damaged_checkpoint_on_the_way_back_is_set_aside_and_its_step_saved_again(
+    clean, config, monkeypatch, capsys, flip_once
+):
+    copy, newest = recheck._copy, Path(config["run_dir"], "checkpoints", "6")
+
+    def damage_and_copy(state):
+        while not newest.exists():  # it is being written
+            time.sleep(0.05)
+        flip(max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size))
+        monkeypatch.setattr(recheck, "_copy", copy)
+        return copy(state)
+
+    monkeypatch.setattr(recheck, "_copy", damage_and_copy)
+    result = jf.fit(config, ["guard.recheck_every=8"])
+    assert "going back to step 3" in capsys.readouterr().err
+    assert_bit_equal(jax.device_get(result.model.params), jax.device_get(clean[1].model.params))
+    assert {"3", "6", "6.damaged", "8"} == set(os.listdir(f"{config['run_dir']}/checkpoints"))
 
 
 def test_a_flipped_bit_before_the_first_checkpoint_ends_the_run(config, flip_once):
