@@ -1,8 +1,12 @@
 """One session for every test: eight CPU devices, strict dtypes, a persistent compilation cache, no network."""
 
+import io
 import os
+import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -10,8 +14,45 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("JAXFORMERS_CACHE", str(Path(tempfile.gettempdir()) / "jaxformers-tests"))
 
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_compilation_cache_dir", str(Path(os.environ["JAXFORMERS_CACHE"]) / "xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+class Outcome(NamedTuple):
+    """How a command ended, and what it said."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def mistake(self) -> str:
+        """What a user's mistake is answered with, checked to be that and nothing else."""
+        assert (self.code, self.out) == (2, ""), self
+        [line] = self.err.splitlines()
+        assert line.startswith("jaxformers: ")
+        return line.removeprefix("jaxformers: ")
+
+
+@pytest.fixture
+def command(monkeypatch, capsys) -> Callable[..., Outcome]:
+    """`command("inspect", path)`: the command line in this process."""
+    from jaxformers import cli
+
+    def call(*arguments, stdin: str | None = None) -> Outcome:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["jaxformers", *map(str, arguments)])
+        if stdin is not None:
+            monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        return Outcome(code, *capsys.readouterr())
+
+    return call

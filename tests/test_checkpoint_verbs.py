@@ -5,9 +5,7 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -18,7 +16,7 @@ import transformers
 from tiny import assert_bit_equal, flip, run_config
 
 import jaxformers as jf
-from jaxformers import checkpoint_cli, checkpoints, cli, training
+from jaxformers import checkpoint_cli, checkpoints, training
 from jaxformers.config import load_config
 from jaxformers.hub.average import average_leaves, average_weights
 from jaxformers.hub.compare import compare_tensors
@@ -31,35 +29,10 @@ VERBS = ("ls", "verify", "rm", "diff", "average", "merge", "split", "reshard")
 STEPS = [2, 4, 6]
 
 
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def mistake(self) -> str:
-        """What a user's mistake is answered with, checked to be that and nothing else."""
-        assert self.code == 2, self
-        assert self.out == ""
-        [line] = self.err.splitlines()
-        return line.removeprefix("jaxformers: ")
-
-
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """`run("ls", path)`: the verb in this process."""
-
-    def call(*arguments) -> Outcome:
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["jaxformers", "checkpoint", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        return Outcome(code, *capsys.readouterr())
-
-    return call
+def run(command):
+    """`run("ls", path)`: a verb of the group."""
+    return functools.partial(command, "checkpoint")
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,11 @@
 """Every verb takes a .gguf file, and tells what is wrong with one in one line."""
 
 import json
-import sys
 
 import pytest
 import transformers
 from hub.gguf_files import random_model, write_gguf
 
-from jaxformers import cli
 from jaxformers.data.tokenizer import byte_tokenizer
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
@@ -31,30 +29,22 @@ def path(tmp_path_factory):
     return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf", "llama", model, kind="Q8_0", extra=extra)
 
 
-def jaxformers(monkeypatch, capsys, *arguments):
-    """Exit status, standard output and error of the command."""
-    monkeypatch.setattr(sys, "argv", ["jaxformers", *map(str, arguments)])
-    with pytest.raises(SystemExit) as exit:
-        cli.main()
-    return exit.value.code or 0, *capsys.readouterr()
-
-
-def test_inspect_shows_the_model_the_tokenizer_and_the_types(path, monkeypatch, capsys):
-    status, out, _ = jaxformers(monkeypatch, capsys, "inspect", path)
+def test_inspect_shows_the_model_the_tokenizer_and_the_types(path, command):
+    status, out, _ = command("inspect", path)
     assert status == 0
     shown = dict(line.split(None, 1) for line in out.splitlines())
     assert "15 Q8_0" in shown["weights"] or "16 Q8_0" in shown["weights"]
     assert "259 ids" in shown["tokenizer"]
 
 
-def test_generate_continues_a_text(path, monkeypatch, capsys):
-    status, out, _ = jaxformers(monkeypatch, capsys, "generate", path, "abc", "--max-new-tokens", "3")
+def test_generate_continues_a_text(path, command):
+    status, out, _ = command("generate", path, "abc", "--max-new-tokens", "3")
     assert status == 0
     assert out.startswith("abc")
 
 
-def test_convert_writes_a_directory_that_transformers_opens(path, tmp_path, monkeypatch, capsys):
-    status, _, _ = jaxformers(monkeypatch, capsys, "convert", path, tmp_path / "hf")
+def test_convert_writes_a_directory_that_transformers_opens(path, tmp_path, command):
+    status, _, _ = command("convert", path, tmp_path / "hf")
     assert status == 0
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").config.vocab_size == 320
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
@@ -66,21 +56,21 @@ def test_convert_writes_a_directory_that_transformers_opens(path, tmp_path, monk
     }
 
 
-def test_what_is_wrong_with_a_file_is_one_line(path, tmp_path, monkeypatch, capsys):
+def test_what_is_wrong_with_a_file_is_one_line(path, tmp_path, command):
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(path.read_bytes()[:-1000])
     for verb in (["generate", cut, "x"], ["chat", cut], ["inspect", cut], ["convert", cut, tmp_path / "hf"]):
-        status, out, err = jaxformers(monkeypatch, capsys, *verb)
+        status, out, err = command(*verb)
         assert (status, out) == (2, "")
         assert "is truncated" in err
         assert len(err.splitlines()) == 1
 
 
-def test_it_is_compared_and_averaged_under_hugging_face_names(path, tmp_path, monkeypatch, capsys):
-    jaxformers(monkeypatch, capsys, "convert", path, tmp_path / "hf")
-    status, out, _ = jaxformers(monkeypatch, capsys, "checkpoint", "diff", path, tmp_path / "hf")
+def test_it_is_compared_and_averaged_under_hugging_face_names(path, tmp_path, command):
+    command("convert", path, tmp_path / "hf")
+    status, out, _ = command("checkpoint", "diff", path, tmp_path / "hf")
     assert (status, out.split(", ")[1]) == (0, "0 different (relative distance up to 0)")
     mean = tmp_path / "mean"
-    assert jaxformers(monkeypatch, capsys, "checkpoint", "average", path, tmp_path / "hf", "--output", mean)[0] == 0
-    status, out, err = jaxformers(monkeypatch, capsys, "checkpoint", "diff", path, mean, "--tolerance", "1e-6")
+    assert command("checkpoint", "average", path, tmp_path / "hf", "--output", mean)[0] == 0
+    status, out, err = command("checkpoint", "diff", path, mean, "--tolerance", "1e-6")
     assert (status, err) == (0, ""), out

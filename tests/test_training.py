@@ -465,7 +465,7 @@ def small_disk(tmp_path):
     mounted.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(mounted)]
     if subprocess.run(command, check=False, capture_output=True).returncode:
-        pytest.skip("mounting a small disk needs more rights")
+        pytest.skip("only root can mount a small disk")
     yield mounted
     subprocess.run(["umount", str(mounted)], check=True)
 

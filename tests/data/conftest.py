@@ -2,14 +2,11 @@
 
 import json
 import random
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
-from jaxformers import cli
 from jaxformers.data.cache import open_cache
 from jaxformers.data.config import DataConfig
 from jaxformers.data.tokenizer import Tokenizer, byte_tokenizer
@@ -75,32 +72,8 @@ def expected(corpus: list[str], bytes_tokenizer: Tokenizer, tmp_path_factory) ->
     return (directory / "tokens.bin").read_bytes(), (directory / "documents.bin").read_bytes()
 
 
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def mistake(self) -> str:
-        """What a user's mistake is answered with, checked to be that and nothing else."""
-        assert (self.code, self.out) == (2, ""), self
-        (line,) = self.err.splitlines()
-        return line.removeprefix("jaxformers: ")
-
-
 @pytest.fixture
-def run(monkeypatch, capsys) -> Callable[..., Outcome]:
-    """`run("data", "inspect", path)`: the command in this process."""
-
-    def call(*arguments) -> Outcome:
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["jaxformers", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        return Outcome(code, *capsys.readouterr())
-
-    return call
+def run(command, monkeypatch):
+    """`run("data", "inspect", path)`, on a wide terminal."""
+    monkeypatch.setenv("COLUMNS", "200")
+    return command

@@ -1,13 +1,10 @@
 """What no mesh can run is refused by `jaxformers train --dry-run` in one line that names the nearest legal values."""
 
-import sys
-
 import jax
 import pytest
 from runs import Case, trainer_of
 from tiny import LLAMA, run_config
 
-from jaxformers import cli
 from jaxformers.config import RunConfig, dump_yaml
 
 DENSE = LLAMA | {"num_hidden_layers": 4}
@@ -83,15 +80,11 @@ REFUSALS = [
 
 
 @pytest.mark.parametrize("model, overrides, line", REFUSALS, ids=[overrides for _, overrides, _ in REFUSALS])
-def test_a_dry_run_refuses_what_does_not_fit(model, overrides, line, tmp_path, monkeypatch, capsys):
+def test_a_dry_run_refuses_what_does_not_fit(model, overrides, line, tmp_path, command):
     values = run_config(tmp_path, model=model, mesh={"fsdp": 1, "dp": "auto"}, train={"batch_size": 16})
     config = tmp_path / "config.yaml"
     config.write_text(dump_yaml(RunConfig.model_validate(values)))
-    monkeypatch.setattr(sys, "argv", ["jaxformers", "train", str(config), "--dry-run", *overrides.split()])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    assert end.value.code == 2
-    assert capsys.readouterr().err == f"jaxformers: {line}\n"
+    assert command("train", config, "--dry-run", *overrides.split()).mistake == line
 
 
 def test_offload_is_refused_where_devices_have_no_memory_of_the_host(monkeypatch):

@@ -142,7 +142,7 @@ def open_run(original):
 def without_rights():
     """Inside, this process is a user who owns nothing."""
     if os.name != "posix" or os.geteuid() != 0:
-        pytest.skip("giving up rights needs them")
+        pytest.skip("only root can give up its rights to files, which this test has to")
     os.seteuid(NOBODY)
     try:
         yield
@@ -171,7 +171,7 @@ def read_only(run, tmp_path):
     mounted = tmp_path / "disk"
     mounted.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", mounted], check=False, capture_output=True).returncode:
-        pytest.skip("mounting a disk needs more rights")
+        pytest.skip("only root can mount a read-only disk")
     shutil.copytree(run, mounted / "run")
     subprocess.run(["mount", "-o", "remount,ro", mounted], check=True)
     yield mounted

@@ -155,7 +155,7 @@ def small_disk(tmp_path):
     mounted.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(mounted)]
     if subprocess.run(command, check=False, capture_output=True).returncode:
-        pytest.skip("mounting a small disk needs more rights")
+        pytest.skip("only root can mount a small disk")
     yield mounted
     subprocess.run(["umount", "--lazy", str(mounted)], check=True)
 
