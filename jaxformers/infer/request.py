@@ -92,9 +92,9 @@ class EngineConfig:
 
     slots: requests decoded at a time. max_length: tokens of a prompt and its continuation at most; None: the model's
     context length. cache_tokens: what the paged cache holds of all requests and of the prefixes kept for later; None:
-    slots * max_length. page_size: tokens of a page. prefill_chunk: tokens of a prompt that are read between two decoding
-    steps. decode_steps: tokens of each request between two looks at the host. queue_requests, queue_tokens: what may
-    wait. prefix_cache: whether prompts find what others have read.
+    slots * max_length. page_size: tokens of a page. prefill_chunk: tokens of a prompt that are read between two
+    decoding steps. decode_steps: tokens of each request between two looks at the host. queue_requests, queue_tokens:
+    what may wait. prefix_cache: whether prompts find what others have read.
     """
 
     slots: int = 8
