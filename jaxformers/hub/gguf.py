@@ -20,6 +20,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jaxformers.hub.gguf_blocks import BLOCKS, UNREAD, dequantized
 from jaxformers.hub.safetensors import Deferred, release
 
 VERSIONS = (2, 3)
@@ -30,27 +31,6 @@ STRING, ARRAY = 8, 9
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 PLAIN = {0: np.dtype("<f4"), 1: np.dtype("<f2"), 30: np.dtype(ml_dtypes.bfloat16)}
 PLAIN_NAMES = {0: "F32", 1: "F16", 30: "BF16"}
-
-
-@dataclass(frozen=True)
-class Block:
-    """A quantized type: `size` weights of a row share a block of `nbytes`."""
-
-    name: str
-    size: int
-    nbytes: int
-
-
-BLOCKS = {
-    2: Block("Q4_0", 32, 18),
-    3: Block("Q4_1", 32, 20),
-    6: Block("Q5_0", 32, 22),
-    7: Block("Q5_1", 32, 24),
-    8: Block("Q8_0", 32, 34),
-    12: Block("Q4_K", 256, 144),
-    13: Block("Q5_K", 256, 176),
-    14: Block("Q6_K", 256, 210),
-}
 TYPE_NAMES = PLAIN_NAMES | {type_id: block.name for type_id, block in BLOCKS.items()}
 
 Tensor = np.ndarray | Deferred
@@ -86,7 +66,7 @@ def open_gguf(path: str | Path) -> GgufFile:
     entries = [_read_entry(cursor) for _ in range(tensor_count)]
     start = cursor.aligned(_alignment(metadata, path))
     _check_entries(entries, len(data) - start, path)
-    names = [_type_name(entry.type_id) for entry in entries]
+    names = [TYPE_NAMES[entry.type_id] for entry in entries]
     return GgufFile(
         path,
         metadata,
@@ -207,19 +187,13 @@ def _read_entry(cursor: _Cursor) -> _Entry:
         return _Entry(name, shape, type_id, begin, math.prod(shape) * PLAIN[type_id].itemsize)
     if type_id not in BLOCKS:
         known = ", ".join(TYPE_NAMES.values())
-        raise cursor.error(f"has the tensor {name!r} of type {_type_name(type_id)}, which is not read; known: {known}")
+        raise cursor.error(
+            f"has the tensor {name!r} of type {UNREAD.get(type_id, type_id)}, which is not read; known: {known}"
+        )
     block = BLOCKS[type_id]
     if not shape or shape[-1] % block.size:
         raise cursor.error(f"has the tensor {name!r} of {block.name} whose rows are no multiple of {block.size}")
     return _Entry(name, shape, type_id, begin, math.prod(shape) // block.size * block.nbytes)
-
-
-def _type_name(type_id: int) -> str:
-    if type_id in TYPE_NAMES:
-        return TYPE_NAMES[type_id]
-    from gguf.constants import GGMLQuantizationType  # imported late: the package takes a while
-
-    return GGMLQuantizationType(type_id).name if type_id in set(GGMLQuantizationType) else str(type_id)
 
 
 def _alignment(metadata: Mapping[str, Any], path: Path) -> int:
@@ -252,11 +226,9 @@ def _tensor(entry: _Entry, data: mmap.mmap, start: int) -> Tensor:
     rows = (*entry.shape[:-1], entry.shape[-1] // block.size * block.nbytes)
     packed = np.ndarray(rows, np.uint8, buffer=data, offset=start + entry.begin)
 
-    def dequantized() -> np.ndarray:
-        from gguf import GGMLQuantizationType, dequantize
-
-        plain = dequantize(packed, GGMLQuantizationType(entry.type_id))
+    def read() -> np.ndarray:
+        plain = dequantized(packed, block)
         release(packed)
         return plain
 
-    return Deferred(entry.shape, np.dtype(np.float32), dequantized)
+    return Deferred(entry.shape, np.dtype(np.float32), read)

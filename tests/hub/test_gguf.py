@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from jaxformers.api import load, save_pretrained
 from jaxformers.hub.convert import import_params
 from jaxformers.hub.gguf import TYPE_NAMES, open_gguf
+from jaxformers.hub.gguf_blocks import BLOCKS, dequantized
 from jaxformers.hub.gguf_models import gguf_config, gguf_tensors
 from jaxformers.models.decoder import forward
 
@@ -59,6 +60,16 @@ def test_every_type_of_tensor_is_dequantized(kind, llama, tmp_path):
     path = write_gguf(tmp_path / "model.gguf", "llama", llama, kind=kind)
     assert kind in open_gguf(path).stored
     assert_equal(ours(path), theirs(path))
+
+
+@pytest.mark.parametrize("type_id", BLOCKS)
+def test_any_block_is_unpacked_as_the_formats_own_library_does(type_id):
+    block = BLOCKS[type_id]
+    packed = np.random.default_rng(0).integers(0, 256, (3, 20_000 * block.nbytes), np.uint8)
+    ours = dequantized(packed, block)
+    with np.errstate(all="ignore"):
+        theirs = gguf.dequantize(packed, gguf.GGMLQuantizationType(type_id))
+    np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("arch", MODELS)
