@@ -16,6 +16,7 @@ from saving import Position, assert_right, said_at, save, state_of
 import jaxformers as jf
 from jaxformers.train.checkpoint import FOLDER, Checkpointer, CheckpointError
 from jaxformers.train.config import CheckpointConfig
+from jaxformers.train.folders import remove
 
 # Orbax leaves event loops behind when a write fails, which complain when they are collected.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -176,7 +177,7 @@ def test_a_full_disk_costs_saves_until_there_is_room_again(small_disk, monkeypat
         assert (newest, step) == (newest, newest + 3), "three saves in a row were given up"
         assert_right(small_disk, newest)
         for old in range(1, newest):
-            checkpoints._remove(old)
+            remove(small_disk / FOLDER / str(old))
         save(checkpoints, step + 1)
     assert_right(small_disk, step + 1)
 
