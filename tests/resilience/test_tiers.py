@@ -1,5 +1,6 @@
 """Checkpoints on a fast disk of the machine, and copies of them in the run's folder: each is good by itself."""
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ import jaxformers as jf
 from jaxformers.train import folders
 from jaxformers.train.checkpoint import FOLDER, Checkpointer, CheckpointError
 from jaxformers.train.config import CheckpointConfig
+from jaxformers.train.integrity import find_damage
 
 
 @pytest.fixture
@@ -74,7 +76,7 @@ def test_a_damaged_local_checkpoint_is_named_and_the_next_best_of_both_is_taken(
     saved(run, config, 9, 10)
     local, said = local_of(config), []
     for step in (10, 9):
-        flip(local / str(step) / "meta" / "metadata")
+        flip(local / str(step) / "meta" / "metadata", bit=9)
     with Checkpointer(run, config) as checkpoints:
         assert checkpoints.newest_good(said.append) == 10
         assert int(restored(checkpoints, 10)[0].step) == 10
@@ -88,13 +90,13 @@ def test_a_damaged_local_checkpoint_is_named_and_the_next_best_of_both_is_taken(
 def test_local_checkpoints_of_another_life_of_the_run_are_not_gone_back_to(run, config, tmp_path, life):
     saved(run, config, 10, 11)
     if life == "on another machine":
-        saved(run, config.model_copy(update={"local_dir": str(tmp_path / "other")}), 12)
+        saved(run, config.model_copy(update={"local_dir": str(tmp_path / "other")}), 20)
     elif life == "without a local disk":
-        saved(run, CheckpointConfig(), 12)
+        saved(run, CheckpointConfig(), 20)
     else:
         shutil.rmtree(run)
     with Checkpointer(run, config) as checkpoints:
-        assert checkpoints.latest_step == (None if life == "begun anew" else 12)
+        assert checkpoints.latest_step == (None if life == "begun anew" else 20)
 
 
 def test_two_runs_share_a_disk(run, config, tmp_path):
@@ -137,20 +139,15 @@ def test_a_slow_store_does_not_hold_local_saves_up_nor_do_they_take_what_is_copi
     assert_right(run, 10)
 
 
-def full(tmp_path, megabytes: int) -> Path:
-    mounted = tmp_path / f"disk{megabytes}"
-    mounted.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(mounted)]
-    if subprocess.run(command, check=False, capture_output=True).returncode:
-        pytest.skip("only root can mount a small disk")
-    (mounted / "something else").write_bytes(b"\1" * (megabytes * 2**20 - 2**17))
-    return mounted
-
-
 @pytest.fixture
 def full_disk(tmp_path):
-    """A disk with 128 KiB left."""
-    mounted = full(tmp_path, 1)
+    """A disk of 4 MB with 64 KiB left, which is less than a checkpoint."""
+    mounted = tmp_path / "disk"
+    mounted.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(mounted)]
+    if subprocess.run(command, check=False, capture_output=True).returncode:
+        pytest.skip("only root can mount a small disk")
+    (mounted / "something else").write_bytes(b"\1" * (2**22 - 2**16))
     yield mounted
     subprocess.run(["umount", "--lazy", str(mounted)], check=True)
 
@@ -204,20 +201,21 @@ def test_a_copy_that_fails_stops_the_run_by_default_before_the_next_is_due(run, 
 @pytest.mark.parametrize("call", ["open", "mkdir", "replace", "fsync"])
 def test_a_copy_of_which_any_call_fails_leaves_nothing_half(run, config, monkeypatch, call):
     saved(run, config, 10)
-    local, faults = local_of(config), Faults(monkeypatch, run)
-    turn = 0
-    while True:
-        turn += 1
+    source, copied, faults = local_of(config) / "10", run / FOLDER / "10", Faults(monkeypatch, run)
+    for turn in itertools.count(1):
+        shutil.rmtree(copied, ignore_errors=True)
         faults.arm(call, turn, NO_SPACE)
-        shutil.rmtree(run / FOLDER / "10")
+        failure = None
         try:
-            folders.copy(local / "10", run / FOLDER)
+            folders.copy(source, run / FOLDER)
         except OSError as error:
-            assert folders.reason_of(error) == "No space left on device"
-            assert [path.name for path in (run / FOLDER).iterdir() if path.is_dir()] in ([], ["10"])
+            failure = folders.reason_of(error)
+        faults.disarm()
         if not faults.fired:
             break
-        (run / FOLDER / "10").mkdir(exist_ok=True)
+        assert failure == "No space left on device"
+        assert {path.name for path in (run / FOLDER).iterdir() if path.is_dir()} <= {"10"}
+        assert not copied.is_dir() or find_damage(copied) == []
     assert turn > 1
     assert_right(run, 10)
 
@@ -225,9 +223,10 @@ def test_a_copy_of_which_any_call_fails_leaves_nothing_half(run, config, monkeyp
 def test_bytes_that_arrive_changed_are_not_taken_for_a_checkpoint(run, config, monkeypatch):
     copytree = shutil.copytree
 
-    def changing(source, target):
-        copytree(source, target)
-        flip(Path(target) / "meta" / "metadata")
+    def changing(source, target, *args, **kwargs):
+        copytree(source, target, *args, **kwargs)
+        if Path(target).parent == run / FOLDER:
+            flip(Path(target) / "meta" / "metadata", bit=9)
 
     monkeypatch.setattr("jaxformers.train.folders.shutil.copytree", changing)
     checkpoints = Checkpointer(run, config)
