@@ -45,6 +45,7 @@ from jaxformers.train.folders import (
     tidy,
 )
 from jaxformers.train.integrity import find_damage
+from jaxformers.train.memory import give_back
 from jaxformers.train.retention import VALIDATION, Metric, measured, numbers_of, to_remove
 from jaxformers.train.state import TrainState
 from jaxformers.train.stored import StoredArray, open_stored
@@ -241,6 +242,8 @@ class Checkpointer:
                 self._copy(step, started)
         except Exception as error:
             self._failure = error
+        finally:
+            give_back()
 
     def _copy(self, step: int, started: float) -> None:
         assert self._local is not None

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 
 def give_back() -> None:
-    """Returns free memory to the system, in milliseconds, where the C library has a call for that (glibc)."""
+    """Returns free memory to the system where the C library has a call for that (glibc); it takes milliseconds."""
     _trim()(0)
 
 
