@@ -36,6 +36,11 @@ LONGEST_LIFE = 0.5  # seconds from the start of the first save to the kill, a fe
 KEEP = CheckpointConfig(every_steps=1, keep_last=2)
 
 
+def with_local(folder: Path) -> CheckpointConfig:
+    """The same with a local place below a folder, of which each third step is copied."""
+    return KEEP.model_copy(update={"every_steps": 3, "local_every_steps": 1, "local_dir": str(folder / "fast")})
+
+
 def live(run: Path, config: CheckpointConfig, ready: int) -> None:
     """A life: what the last one left is checked, checkpoints are written until the end, and `ready` is told of each."""
     writing = Checkpointer(run, config)
@@ -127,8 +132,7 @@ def main() -> None:
     parser.add_argument("--local", action="store_true")
     options = parser.parse_args()
     with TemporaryDirectory() as folder:
-        tiers = {"every_steps": 3, "local_every_steps": 1, "local_dir": f"{folder}/fast"} if options.local else {}
-        config = KEEP.model_copy(update=tiers)
+        config = with_local(Path(folder)) if options.local else KEEP
         print(kill_again_and_again(Path(folder) / "run", kills=options.kills, seed=options.seed, config=config))
 
 
