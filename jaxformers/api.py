@@ -27,7 +27,8 @@ from jaxformers.hub.safetensors import Deferred
 from jaxformers.models.config import ModelConfig
 from jaxformers.models.params import Params, model_spec
 from jaxformers.parallel.mesh import MeshConfig, make_mesh, param_shardings, single_device_mesh
-from jaxformers.train.checkpoint import Checkpointer
+from jaxformers.starting import saved_model
+from jaxformers.train.checkpoint import FOLDER, Checkpointer
 from jaxformers.train.stored import named_leaves
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -160,9 +161,9 @@ def _find_run(run: Path, step: int | None, *, mtp: bool) -> FoundModel:
         if step is None:
             raise ValueError(f"{run} has no checkpoint yet")
         meta = checkpoints.meta(step)
+        has_ema = any(name.startswith("ema.") for name in checkpoints.stored(step))
     tokenizer = _tokenizer_at(run / TOKENIZER_FOLDER)
-    has_ema = meta["config"]["train"]["ema_decay"] is not None
-    config = read_config(meta["model"])
+    config = saved_model(meta, run / FOLDER / str(step))
     config = without_mtp(config) if config.mtp_modules and not mtp else config
     return FoundModel(run, config, tokenizer, meta.get("generation", {}), step=step, has_ema=has_ema)
 

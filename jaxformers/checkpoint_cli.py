@@ -32,7 +32,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 @checkpoint_app.command("ls")
 def list_(run: Run, as_json: Json = False) -> None:
-    """List the checkpoints of a run: step, size, when written, validation loss, and whether they are whole.
+    """List the checkpoints of a run: step, size, when written, validation loss (or the metric that the run keeps the
+    best by), whether they are whole, and which is the best.
 
     Files are compared by name and size with the list written beside them; `verify` reads them too.
     """
@@ -49,11 +50,13 @@ def list_(run: Run, as_json: Json = False) -> None:
 
 
 def _line(entry: Entry) -> str:
-    loss = "" if entry.validation_loss is None else f"loss {entry.validation_loss:.4f}"
+    metric = "loss" if entry.metric == "validation_loss" else entry.metric
+    value = "" if entry.value is None else f"{metric} {entry.value:.4f}"
     written = datetime.fromtimestamp(entry.written).strftime("%Y-%m-%d %H:%M")
     name = entry.path.name if entry.step is None else str(entry.step)
     condition = ": ".join([entry.condition, *([", ".join(entry.damage)] if entry.damage else [])])
-    return f"{name:>9}  {_size(entry.nbytes):>9}  {written}  {loss:12}  {condition}"
+    best = ", best" if entry.best else ""
+    return f"{name:>9}  {_size(entry.nbytes):>9}  {written}  {value:12}  {condition}{best}"
 
 
 @checkpoint_app.command()
@@ -86,6 +89,10 @@ def rm(
     keep_every: Annotated[
         int | None, typer.Option(min=1, help="With --keep-last: older steps divisible by this stay too.")
     ] = None,
+    keep_best: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --keep-last: so many stay that are the best by the run's best_metric."),
+    ] = None,
     damaged: Annotated[
         bool, typer.Option("--damaged", help="Remove those with damaged files, and those that a run set aside.")
     ] = False,
@@ -96,7 +103,14 @@ def rm(
     from jaxformers.train.shelf import check_leaves_a_good_one, choose, remove_chosen
 
     with _waiting("reading checkpoints"):
-        chosen = choose(run, steps=step or [], keep_last=keep_last, keep_every=keep_every, damaged=damaged)
+        chosen = choose(
+            run,
+            steps=step or [],
+            keep_last=keep_last,
+            keep_every=keep_every,
+            keep_best=keep_best,
+            damaged=damaged,
+        )
         if chosen.going and not force:
             check_leaves_a_good_one(run, chosen)
     if not dry_run:

@@ -16,7 +16,6 @@ from pydantic import ValidationError
 
 from jaxformers.api import TOKENIZER_FOLDER, FoundModel, find_model, save_found
 from jaxformers.config import RunConfig, dump_yaml, explain
-from jaxformers.families import read_config
 from jaxformers.hub.average import average_leaves
 from jaxformers.hub.convert import export_tensors
 from jaxformers.hub.fp8 import open_weights
@@ -25,6 +24,7 @@ from jaxformers.hub.safetensors import ArrayLike, Deferred, open_tensors, write_
 from jaxformers.models.config import ModelConfig
 from jaxformers.models.params import Params
 from jaxformers.parallel.mesh import AXES, MeshConfig
+from jaxformers.starting import saved_model
 from jaxformers.train.build import Trainer
 from jaxformers.train.checkpoint import Checkpointer, CheckpointError
 from jaxformers.train.integrity import find_damage
@@ -164,7 +164,7 @@ def reshard_checkpoint(
         meta, stored = checkpoints.meta(int(checkpoint.name)), checkpoints.stored(int(checkpoint.name))
     sizes = {axis: getattr(mesh, axis) for axis in AXES}
     config = _config_of(meta, checkpoint, run, sizes)
-    state = named_leaves(_trainer(config, read_config(meta["model"]), sizes).plain_state)
+    state = named_leaves(_trainer(config, saved_model(meta, checkpoint), sizes).plain_state)
     check_fits(stored, state, where=checkpoint)
     chunks = {name: leaf.sharding.shard_shape(leaf.shape) for name, leaf in state.items()}
     starts(sum(leaf.size * leaf.dtype.itemsize for leaf in state.values()))

@@ -15,7 +15,8 @@ from jaxformers.hub.resolve import classify, resolve
 from jaxformers.hub.safetensors import open_tensors
 from jaxformers.models.config import LayerKind, ModelConfig, plan_stacks
 from jaxformers.models.params import count_params
-from jaxformers.train.checkpoint import Checkpointer
+from jaxformers.starting import saved_model
+from jaxformers.train.checkpoint import FOLDER, Checkpointer
 from jaxformers.train.monitor import METRICS_FILE
 from jaxformers.train.restore import groups_of
 
@@ -37,7 +38,7 @@ def describe(ref: str | Path) -> dict[str, str]:
         if step is None:
             return found | {"checkpoints": "none yet"}
         meta, groups, steps = checkpoints.meta(step), groups_of(checkpoints.stored(step)), checkpoints.steps
-    found |= _model(read_config(meta["model"])) | _tokenizer(run / TOKENIZER_FOLDER)
+    found |= _model(saved_model(meta, run / FOLDER / str(step))) | _tokenizer(run / TOKENIZER_FOLDER)
     mesh = ", ".join(f"{axis}={size}" for axis, size in meta["mesh"].items() if size > 1) or "one device"
     found |= {"step": str(step), "checkpoints": ", ".join(map(str, steps)), "trained on": mesh}
     return found | {"saved": ", ".join(groups)} | _provenance(meta) | _metrics(run)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jaxformers.data.tokenizer import Tokenizer
 from jaxformers.families import read_config
 from jaxformers.hub.resolve import classify, resolve
 from jaxformers.models.config import ModelConfig
-from jaxformers.train.checkpoint import Checkpointer
+from jaxformers.train.checkpoint import Checkpointer, CheckpointError
 from jaxformers.train.config import CheckpointConfig
 from jaxformers.train.provenance import version_note
 from jaxformers.train.restore import Load
@@ -30,13 +31,21 @@ class Start:
     def check(self, cfg: ModelConfig, tokenizer: Tokenizer) -> str | None:
         """A note, if other versions of libraries wrote it. ValueError for another model's or tokenizer's."""
         saved, folder = self.checkpoints.meta(self.step), self.checkpoints.folder
-        if names := read_config(saved["model"]).differences(cfg):
+        if names := saved_model(saved, folder / str(self.step)).differences(cfg):
             raise ValueError(
                 f"{folder} holds another model's checkpoint (it differs in {', '.join(names)}); {self.remedy}"
             )
         if saved["tokenizer"] != tokenizer.fingerprint:
             raise ValueError(f"{folder} was trained with another tokenizer; {self.remedy}")
         return version_note(saved.get("versions", {}))
+
+
+def saved_model(meta: Mapping[str, Any], checkpoint: Path) -> ModelConfig:
+    """The model of a checkpoint with this metadata. CheckpointError where this version does not know it."""
+    try:
+        return read_config(meta["model"])
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint} holds a model that this version cannot read: {error}") from None
 
 
 def find_start(

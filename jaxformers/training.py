@@ -31,10 +31,11 @@ from jaxformers.generation import generate
 from jaxformers.models.config import ModelConfig
 from jaxformers.models.params import count_params, flops_per_token
 from jaxformers.parallel.distributed import differing, is_first, wait_for_all
-from jaxformers.parallel.mesh import batch_sharding, make_mesh
+from jaxformers.parallel.mesh import batch_sharding, make_mesh, nearest_multiples
 from jaxformers.starting import Start, find_start
 from jaxformers.train.build import Trainer
 from jaxformers.train.checkpoint import Checkpointer
+from jaxformers.train.config import CheckpointConfig
 from jaxformers.train.goodput import Goodput
 from jaxformers.train.guard import after_rollback
 from jaxformers.train.loop import Result, Supervision, train
@@ -42,6 +43,7 @@ from jaxformers.train.monitor import Display, MetricsFile, TensorBoard, Tracker,
 from jaxformers.train.provenance import library_versions
 from jaxformers.train.requests import Requests
 from jaxformers.train.restore import load_state
+from jaxformers.train.retention import VALIDATION, Metric
 from jaxformers.train.state import TrainState
 from jaxformers.train.watchdog import Watchdog
 
@@ -115,6 +117,25 @@ def _check_config(config: RunConfig, cfg: ModelConfig) -> None:
         raise ValueError(
             f"data.sequence_length is {config.data.sequence_length}, but the model's context is {cfg.context_length}"
         )
+    _check_measures_at_saves(config)
+
+
+def _check_measures_at_saves(config: RunConfig) -> None:
+    """Refuses to keep the best of checkpoints that would not all say how good they are."""
+    train, checkpoint, metric = config.train, config.checkpoint, Metric.parse(config.checkpoint.best_metric)
+    if checkpoint.keep_best is None:
+        return
+    key, every = ("train.eval_every", train.eval_every) if metric.evaluated else ("train.log_every", train.log_every)
+    goes_by = f"checkpoint.keep_best goes by {metric.name}"
+    if every is None or (metric.evaluated and not train.eval_batches):
+        raise ValueError(f"{goes_by}, which this run does not measure; set train.eval_every and train.eval_batches")
+    if checkpoint.every_steps is None:
+        raise ValueError(f"{goes_by}, measured every {every} steps; set checkpoint.every_steps to a multiple of that")
+    if checkpoint.every_steps % every:
+        raise ValueError(
+            f"{goes_by}, which has to be measured at every save: checkpoint.every_steps {checkpoint.every_steps} is no "
+            f"multiple of {key} {every}; nearest legal: {nearest_multiples(checkpoint.every_steps, of=every)}"
+        )
 
 
 def describe_setup(setup: Setup) -> dict[str, str]:
@@ -177,6 +198,7 @@ def fit(
         _say_corpus(corpus, console)
         _check_same_everywhere(_fingerprint(corpus), "data", done="open its data")
         feed = _feed(setup, corpus)
+        _check_best(config.checkpoint, feed)
         state = _first_state(setup, start, feed.batches, console)
         # Only now is it certain that the run may go on here: what it says of itself is left as it was until then.
         if resume_step is not None:
@@ -317,6 +339,17 @@ def _feed(setup: Setup, corpus: Corpus) -> Feed:
     ramp = {train.rows_before(step): rows for step, rows in train.batch_ramp.items()}
     batches = train_iterator(corpus.train, batch_size=train.batch_size, batch_ramp=ramp, **shares)
     return Feed(batches, validation, spec)
+
+
+def _check_best(config: CheckpointConfig, feed: Feed) -> None:
+    """Refuses to keep the best by a source that nothing is validated on."""
+    names = [VALIDATION] if feed.validation else []
+    names += [f"{VALIDATION}/{name}" for name in feed.validation] if len(feed.validation) > 1 else []
+    metric = Metric.parse(config.best_metric)
+    if config.keep_best is not None and metric.evaluated and metric.name not in names:
+        raise ValueError(
+            f"checkpoint.keep_best goes by {metric.name}, but validation measures {', '.join(names) or 'nothing'}"
+        )
 
 
 def _first_state(

@@ -85,14 +85,16 @@ main()
 """
 
 
-def process(config: dict, folder: Path, *, code: str | None = None, extra: tuple[str, ...] = ()):
-    """The command line on a config, with as many devices as here."""
+def process(config: dict, folder: Path, *, code: str | None = None, extra: tuple[str, ...] = (), processes: int = 1):
+    """The command line on a config, with as many devices as here, which several processes share."""
     path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(config))
+    path.write_text(yaml.safe_dump(config, sort_keys=False))  # the order of sources is part of a mixture
     start = ["-m", "jaxformers"] if code is None else ["-c", code]
+    if processes > 1:
+        start += ["launch", "--processes", str(processes), "--"]
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": "8",
+        "JAX_NUM_CPU_DEVICES": str(8 // processes),
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
     }
     command = [sys.executable, *start, "train", str(path), *extra]

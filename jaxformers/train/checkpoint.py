@@ -12,17 +12,15 @@ import functools
 import itertools
 import logging
 import os
-import re
-import shutil
 import sys
 import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import grain
 import jax
@@ -35,17 +33,31 @@ from orbax.checkpoint._src.futures import future as orbax_future  # threads that
 from jaxformers.models.params import Params
 from jaxformers.parallel.distributed import agree, is_first, wait_for_all
 from jaxformers.train.config import CheckpointConfig
-from jaxformers.train.integrity import find_damage, write_checksums
+from jaxformers.train.folders import (
+    UNFINISHED,
+    check_room,
+    clean,
+    reason_of,
+    remove,
+    seal,
+    some,
+    steps_in,
+    tidy,
+)
+from jaxformers.train.integrity import find_damage
+from jaxformers.train.memory import give_back
+from jaxformers.train.retention import VALIDATION, Metric, measured, numbers_of, to_remove
 from jaxformers.train.state import TrainState
 from jaxformers.train.stored import StoredArray, open_stored
+from jaxformers.train.tiers import KEPT, Copier, leave_local, open_local
 
 FOLDER = "checkpoints"
 ITEMS = ("state", "data", "meta")
 META_KEYS = ("model", "tokenizer", "config", "mesh")  # without which no run can tell whether a checkpoint is its own
 SPARE_BYTES = 2**20  # beside a checkpoint's arrays: metadata, and what the run writes meanwhile
-UNFINISHED = ".unfinished-"  # begins the names of checkpoints that are being written or removed
+_BACK = "back to the one before"
 _SAVE_SECONDS = 3600  # for the processes of a run to write one checkpoint
-_NAMED = 4  # damaged files in an error before it says how many more there are
+Place = Literal["store", "local"]  # the run's folder; or only the machine's own disk or memory
 _NOTHING, _ALL_DAMAGED = -1, -2
 _ORBAX_COROUTINES = "cancellable|_create_paths|_async_serialize|_serialize|JsonCheckpoint|BasePyTreeCheckpoint"
 _log = logging.getLogger(__name__)
@@ -59,8 +71,9 @@ class Checkpointer:
     """Saves and restores one run's checkpoints. As a context manager it waits for the last save on the way out.
 
     A checkpoint appears under its step number by a rename, complete and with checksums of its files, or not at all.
-    Without a config it only reads, and leaves alone what another process may be writing. `say` hears of saves that
-    failed where the config goes on without them, and of old checkpoints that cannot be removed.
+    Where the config names a local place, it appears there first, and then in the run's folder as a copy.
+    Without a config it only reads the run's folder, and leaves alone what another process may be writing. `say` hears
+    of saves that failed where the config goes on without them, and of old checkpoints that cannot be removed.
     """
 
     def __init__(
@@ -74,35 +87,50 @@ class Checkpointer:
         self.folder = Path(run_dir).absolute() / FOLDER
         self.longest_save_seconds = 0.0
         self._config, self._say = config or CheckpointConfig(every_steps=None), say
-        if self._config.on_error == "continue" and jax.process_count() > 1:
-            raise CheckpointError(
-                "checkpoint.on_error=continue is for a single process: several lose each other where one of them "
-                "cannot write; use stop, and `launch --restarts`"
-            )
+        self._check_processes()
+        self._metric = Metric.parse(self._config.best_metric)
         self._saved_at = time.monotonic()
         self._sealing: threading.Thread | None = None
         self._writing: int | None = None
         self._failure: Exception | None = None  # of the thread in the background
         self._lost: CheckpointError | None = None  # the last save, where it failed and the run goes on
+        self._local: Path | None = None
+        self._copier = Copier(self.folder)
         if config is not None and is_first():
-            self._make_folder()
+            self._make_folders()
         self._orbax = _new_writer()
 
-    def _make_folder(self) -> None:
-        """The folder, which can be written, without what saves left behind that did not live to their end."""
+    def _check_processes(self) -> None:
+        if jax.process_count() == 1:
+            return
+        if self._config.on_error == "continue":
+            raise CheckpointError(
+                "checkpoint.on_error=continue is for a single process: several lose each other where one of them "
+                "cannot write; use stop, and `launch --restarts`"
+            )
+        if self._config.local_dir is not None:
+            raise CheckpointError(
+                f"checkpoint.local_dir={self._config.local_dir} is for a single process: of several, on machines of "
+                "their own, each would hold a part; leave it out"
+            )
+
+    def _make_folders(self) -> None:
+        """The folders, which can be written, without what saves left behind that did not live to their end."""
+        folder, key = self.folder, "run_dir"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
                 pass
-            self._clean()
+            clean(folder)
+            if self._config.local_dir is None:
+                leave_local(folder)
+            else:
+                folder, key = Path(self._config.local_dir), "checkpoint.local_dir"
+                self._local = open_local(self._config.local_dir, self.folder)
         except OSError as error:
             raise CheckpointError(
-                f"cannot write in {self.folder}: {error.strerror or error}; make it writable, or choose another run_dir"
+                f"cannot write in {folder}: {error.strerror or error}; make it writable, or choose another {key}"
             ) from None
-
-    def _clean(self) -> None:
-        for path in self.folder.glob(f"{UNFINISHED}*"):
-            shutil.rmtree(path)
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -113,74 +141,130 @@ class Checkpointer:
         with suppress(Exception):  # the failure that a save in the background may end in; another one is on its way
             if self._sealing is not None:
                 self._sealing.join()
+            self._copier.wait()
             self._orbax.close()
 
     @property
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first."""
-        if not self.folder.is_dir():
-            return []
-        return sorted(int(path.name) for path in self.folder.iterdir() if is_step(path.name) and path.is_dir())
+        local = [] if self._local is None else steps_in(self._local)
+        return sorted({*local, *steps_in(self.folder)})
 
     @property
     def latest_step(self) -> int | None:
         """Step of the newest complete checkpoint."""
         return max(self.steps, default=None)
 
-    def is_due(self, step: int) -> bool:
-        """Whether the config asks for a checkpoint after this step. CheckpointError as `save` raises it, of a save in
-        the background that has failed meanwhile."""
+    def is_due(self, step: int) -> Place | None:
+        """Where the config asks for a checkpoint after this step; None where it asks for none. CheckpointError as
+        `save` raises it, of a save in the background that has failed meanwhile."""
         if self._failure is not None:
             self.settle()
-        by_step = self._config.every_steps is not None and step % self._config.every_steps == 0
+        if self._copier.failed:
+            self._settle_copy()
         minutes = self._config.every_minutes
         # Clocks differ: processes agree on what one of them says.
-        return by_step or (minutes is not None and agree(time.monotonic() - self._saved_at >= 60 * minutes))
+        if _divides(self._config.every_steps, step) or (
+            minutes is not None and agree(time.monotonic() - self._saved_at >= 60 * minutes)
+        ):
+            return "store"
+        return "local" if _divides(self._config.local_every_steps, step) else None
 
-    def save(self, state: TrainState, data: grain.DatasetIterator, meta: Mapping[str, Any]) -> None:
+    def check_measured(self, metrics: Mapping[str, Any]) -> None:
+        """ValueError where the config keeps the best by something that steps, with these metrics, do not measure."""
+        if self._config.keep_best is None or self._metric.evaluated or self._metric.name in numbers_of(metrics):
+            return
+        raise ValueError(
+            f"checkpoint.best_metric: {self._metric.name} is no number that this run measures; there are "
+            f"{VALIDATION}, {', '.join(numbers_of(metrics))}"
+        )
+
+    def save(
+        self, state: TrainState, data: grain.DatasetIterator, meta: Mapping[str, Any], *, place: Place = "store"
+    ) -> None:
         """Starts writing the state under its step number; returns once its arrays may be changed again.
 
-        A step that is saved already is left alone. Where this save fails, or an earlier one did in the background:
-        CheckpointError, or, if the config says continue, a line, and the next save is another try.
+        place: whether it is copied from the local place, if there is one, to the run's folder. A step that is saved
+        already is left alone. Where this save fails, or an earlier one did in the background: CheckpointError, or, if
+        the config says continue, a line, and the next save is another try.
         """
         self.settle()
+        copies = self._local is not None and place == "store"
+        if copies:
+            self._settle_copy()  # a slow store holds the run up here, and not before
         self._lost, self._writing = None, int(state.step)
         try:
             if self._writing != self.latest_step:
-                self._start(self._writing, state, data, meta)
+                self._start(self._writing, state, data, meta, place)
+            elif copies and self._writing not in steps_in(self.folder):
+                self._copy(self._writing, time.monotonic())
         except Exception as error:
             self._fail(error)
 
-    def _start(self, step: int, state: TrainState, data: grain.DatasetIterator, meta: Mapping[str, Any]) -> None:
-        self._saved_at = time.monotonic()  # also of one that fails: it is tried again when the next one is due
+    @property
+    def _writes_in(self) -> Path:
+        return self.folder if self._local is None else self._local
+
+    def _start(
+        self, step: int, state: TrainState, data: grain.DatasetIterator, meta: Mapping[str, Any], place: Place
+    ) -> None:
+        started = time.monotonic()
+        if place == "store":
+            self._saved_at = started  # also of one that fails: it is tried again when the next one is due
         if self._config.on_error == "continue":
-            self._tidy()  # threads of a save that failed may have written on after its end
-        self._check_room(state)
+            tidy(self._writes_in)  # threads of a save that failed may have written on after its end
+        written = (s.data.nbytes for a in jax.tree.leaves(state) for s in a.addressable_shards if s.replica_id == 0)
+        check_room(self._writes_in, sum(written) + SPARE_BYTES)
         items = ocp_args.Composite(
             state=ocp_args.StandardSave(state),
             # As JSON and not through Grain's own handler, whose file names depend on the number of processes.
             data=ocp_args.JsonSave(data.get_state()),
             meta=ocp_args.JsonSave(dict(meta)),
         )
-        self._orbax.save(self.folder / f"{UNFINISHED}{step}", args=items, force=True)
-        self._sealing = threading.Thread(target=self._seal, args=(step,), name=f"checkpoint {step}")
+        self._orbax.save(self._writes_in / f"{UNFINISHED}{step}", args=items, force=True)
+        self._sealing = threading.Thread(target=self._seal, args=(step, place, started), name=f"checkpoint {step}")
         self._sealing.start()
 
-    def _seal(self, step: int) -> None:
+    def _seal(self, step: int, place: Place, started: float) -> None:
         """Behind the writing, in a thread: checksums, the final name, and older checkpoints' end."""
         try:
             self._orbax.wait_until_finished()
-            if is_first():
-                seal(self.folder / f"{UNFINISHED}{step}", self.folder / str(step))
-                self.longest_save_seconds = max(self.longest_save_seconds, time.monotonic() - self._saved_at)
-                for old in to_remove(self.steps, keep_last=self._config.keep_last, keep_every=self._config.keep_every):
-                    self._remove(old)
+            if not is_first():
+                return
+            seal(self._writes_in / f"{UNFINISHED}{step}", self._writes_in / str(step))
+            if self._local is None:
+                self._stored(started)
+                return
+            for old in steps_in(self._local)[:-KEPT]:
+                if old != self._copier.copying:
+                    self._remove(self._local / str(old))
+            if place == "store":
+                self._copy(step, started)
         except Exception as error:
             self._failure = error
+        finally:
+            give_back()
 
-    def _remove(self, step: int) -> None:
+    def _copy(self, step: int, started: float) -> None:
+        assert self._local is not None
+        self._copier.start(self._local / str(step), then=lambda: self._stored(started))
+
+    def _stored(self, started: float) -> None:
+        """A checkpoint has come to the run's folder: older ones may go."""
+        self.longest_save_seconds = max(self.longest_save_seconds, time.monotonic() - started)
+        steps, keep, best = steps_in(self.folder), self._config, []
+        if keep.keep_best is not None:
+            try:
+                values = {step: measured(self.folder / str(step)).get(self._metric.name) for step in steps}
+            except OSError as error:
+                self._say(f"cannot tell which checkpoints in {self.folder} are the best: {reason_of(error)}")
+                return
+            best = self._metric.best(values, keep.keep_best)
+        for old in to_remove(steps, keep_last=keep.keep_last, keep_every=keep.keep_every, best=best):
+            self._remove(self.folder / str(old))
+
+    def _remove(self, old: Path) -> None:
         """One that stays costs room only."""
-        old = self.folder / str(step)
         try:
             remove(old)
         except OSError as error:
@@ -189,12 +273,14 @@ class Checkpointer:
     def wait(self) -> None:
         """Returns once the last save is complete. CheckpointError if it failed, also where the config goes on."""
         self.settle()
+        self._settle_copy()
         lost, self._lost = self._lost, None
         if lost is not None:
             raise lost
 
     def settle(self) -> None:
-        """Returns when nothing is being written any more. Of a background save that failed it tells as `save` does."""
+        """Returns when nothing is being written any more, but for a copy of what is. Of a background save that failed
+        it tells as `save` does."""
         if self._sealing is None:
             return
         self._sealing.join()
@@ -204,44 +290,39 @@ class Checkpointer:
         else:
             wait_for_all("write a checkpoint")  # the first one names it, and then the others may look at the folder
 
+    def _settle_copy(self) -> None:
+        if failure := self._copier.wait():
+            step = self._copier.step
+            self._give_up(self._failed(f"copy step {step} to", self.folder, step, failure), failure)
+
     def _fail(self, reason: Exception) -> None:
-        error = self._cannot_save(reason_of(reason))
-        error.__cause__ = reason
+        error = self._failed(f"save step {self._writing} in", self._writes_in, self._writing, reason)
         _release_threads()
+        self._give_up(error, reason)
+        with suppress(Exception):  # what it could not write it may not be able to close either
+            self._orbax.close()
+        self._orbax = _new_writer()
+        tidy(self._writes_in)
+
+    def _give_up(self, error: CheckpointError, reason: Exception) -> None:
+        error.__cause__ = reason
         if self._config.on_error == "stop":
             raise error
         self._lost = error
         self._say(f"{error}; the run goes on and tries again when the next one is due")
-        with suppress(Exception):  # what it could not write it may not be able to close either
-            self._orbax.close()
-        self._orbax = _new_writer()
-        self._tidy()
 
-    def _tidy(self) -> None:
-        """Gives back the room that saves which failed have taken, as far as the disk lets us."""
-        with suppress(OSError):
-            self._clean()
-
-    def _check_room(self, state: TrainState) -> None:
-        """Refuses a save that the disk has no room for, before half of it is written."""
-        written = (s.data.nbytes for a in jax.tree.leaves(state) for s in a.addressable_shards if s.replica_id == 0)
-        need = sum(written) + SPARE_BYTES
-        free = shutil.disk_usage(self.folder).free
-        if free < need:
-            raise OSError(f"it needs {need / 1e6:,.1f} MB, and the disk has {free / 1e6:,.1f} MB left")
-
-    def _cannot_save(self, reason: str) -> CheckpointError:
+    def _failed(self, what: str, folder: Path, step: int | None, reason: Exception) -> CheckpointError:
         others: list[int] = []
         with suppress(OSError):  # a disk that fails may not even list them
-            others = [step for step in self.steps if step != self._writing]
+            others = [other for other in steps_in(folder) if other != step]
         kept = f"the newest complete one is step {others[-1]}" if others else "there is none yet"
-        return CheckpointError(f"cannot save step {self._writing} in {self.folder} ({kept}): {reason}")
+        return CheckpointError(f"cannot {what} {folder} ({kept}): {reason_of(reason)}")
 
     def newest_good(self, say: Callable[[str], None]) -> int | None:
         """Step of the newest checkpoint whose files are as they were written, None where there is none at all.
 
-        `say` hears of every damaged one that is passed over. A run that writes sets those aside, as STEP.damaged.
-        CheckpointError where all are damaged.
+        `say` hears of every damaged one that is passed over. A run that writes sets those aside, as STEP.damaged; a
+        damaged local one is removed. CheckpointError where all are damaged.
         """
         found = self._newest_good(say) if is_first() else None
         if jax.process_count() > 1:
@@ -257,16 +338,34 @@ class Checkpointer:
     def _newest_good(self, say: Callable[[str], None]) -> int | None:
         steps = self.steps
         for step in reversed(steps):
-            damage = find_damage(self.folder / str(step)) if self._config.verify else []
-            if not damage:
-                return step
-            say(f"{self._describe(step, damage)}; going back to the one before")
+            while (path := self._path(step)).is_dir():
+                damage = find_damage(path) if self._config.verify else []
+                if not damage:
+                    return step
+                copy = self.folder / str(step)
+                there_is_another = path != copy and copy.is_dir()
+                say(f"{_describe(path, damage)}; going {f'on with {copy}' if there_is_another else _BACK}")
+                if path == copy:
+                    break
+                self._drop(path)
         return _ALL_DAMAGED if steps else None
+
+    def _drop(self, path: Path) -> None:
+        """Removes a damaged local checkpoint, which would else be taken for the step's."""
+        try:
+            remove(path)
+        except OSError as error:
+            raise CheckpointError(f"cannot remove the damaged checkpoint {path}: {reason_of(error)}") from None
+
+    def _path(self, step: int) -> Path:
+        """Where a step is read from: the local place, if it is there."""
+        local = None if self._local is None else self._local / str(step)
+        return local if local is not None and local.is_dir() else self.folder / str(step)
 
     def check(self, step: int) -> None:
         """CheckpointError naming what is wrong with the files of a step."""
-        if damage := find_damage(self.folder / str(step)):
-            raise CheckpointError(f"{self._describe(step, damage)}; {self._others(step)}")
+        if damage := find_damage(self._path(step)):
+            raise CheckpointError(f"{_describe(self._path(step), damage)}; {self._others(step)}")
 
     def _others(self, step: int) -> str:
         others = [str(other) for other in self.steps if other != step]
@@ -274,7 +373,7 @@ class Checkpointer:
 
     def set_aside(self, newer_than: int) -> None:
         """Renames the checkpoints behind a step, which are damaged, so that their steps can be saved again."""
-        for step in self.steps if is_first() else []:
+        for step in steps_in(self.folder) if is_first() else []:
             if step > newer_than:
                 name = next(n for i in itertools.count() if not (n := self._damaged_name(step, i)).exists())
                 os.replace(self.folder / str(step), name)
@@ -282,10 +381,6 @@ class Checkpointer:
 
     def _damaged_name(self, step: int, count: int) -> Path:
         return self.folder / (f"{step}.damaged" + (f".{count}" if count else ""))
-
-    def _describe(self, step: int, damage: Sequence[str]) -> str:
-        more = f" and {len(damage) - _NAMED} more" if len(damage) > _NAMED else ""
-        return f"the checkpoint {self.folder / str(step)} is damaged: {', '.join(damage[:_NAMED])}{more}"
 
     def meta(self, step: int) -> dict[str, Any]:
         """The metadata saved with a step."""
@@ -337,7 +432,7 @@ class Checkpointer:
 
     def _reading(self, step: int, read: Callable[[Path], Any]) -> Any:
         """What `read` gives of a step's folder, where anything that goes wrong is a CheckpointError."""
-        path = self.folder / str(step)
+        path = self._path(step)
         if not path.is_dir():
             raise CheckpointError(f"{path} does not exist; there are {', '.join(map(str, self.steps)) or 'none'}")
         if lacks := [name for name in ITEMS if not (path / name).is_dir()]:
@@ -348,25 +443,12 @@ class Checkpointer:
             raise CheckpointError(f"cannot read the checkpoint {path}: {reason_of(error)}") from error
 
 
-def to_remove(steps: Sequence[int], *, keep_last: int, keep_every: int | None) -> list[int]:
-    """The steps (oldest first) that retention does not keep: neither among the newest nor divisible by `keep_every`."""
-    return [step for step in steps[:-keep_last] if keep_every is None or step % keep_every]
+def _describe(checkpoint: Path, damage: list[str]) -> str:
+    return f"the checkpoint {checkpoint} is damaged: {some(damage)}"
 
 
-def remove(checkpoint: Path) -> None:
-    """Removes a checkpoint's folder. It loses its name first: half a checkpoint is never seen under it."""
-    leaving = checkpoint.with_name(f"{UNFINISHED}removed-{checkpoint.name}")
-    os.replace(checkpoint, leaving)
-    shutil.rmtree(leaving)
-
-
-def seal(unfinished: Path, checkpoint: Path) -> None:
-    """Gives a written folder its checksums and then its final name."""
-    write_checksums(unfinished)
-    for path in unfinished.rglob("*"):
-        _sync(path)
-    os.replace(unfinished, checkpoint)
-    _sync(checkpoint.parent)
+def _divides(every: int | None, step: int) -> bool:
+    return every is not None and step % every == 0
 
 
 @functools.cache
@@ -399,30 +481,7 @@ def _new_writer() -> ocp.AsyncCheckpointer:
     return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
 
 
-def is_step(name: str) -> bool:
-    """Whether a folder has the name that the checkpoint of a step gets: 12, and not 012 or 12.damaged."""
-    return name.isdecimal() and name == str(int(name))
-
-
-def _sync(path: Path) -> None:
-    """Makes a file, or the names in a folder, survive a power cut, where the system lets folders be opened."""
-    if os.name == "posix":
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def _from_first(step: int | None) -> int | None:
     """What the first process says."""
     sent = int(multihost_utils.broadcast_one_to_all(np.int64(_NOTHING if step is None else step)))
     return None if sent == _NOTHING else sent
-
-
-def reason_of(error: Exception) -> str:
-    """What went wrong, in one line; where it was the system's, in the system's words."""
-    text = str(error).strip()
-    if code := re.search(r"os_error_code='(\d+)'|\[Errno (\d+)\]", text):
-        return os.strerror(int(code[1] or code[2]))
-    return text.splitlines()[0] if text else type(error).__name__

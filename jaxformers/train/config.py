@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from jaxformers.parallel.mesh import nearest_multiples
+from jaxformers.train.retention import Metric
 
 STRICT = ConfigDict(extra="forbid", frozen=True)
 
@@ -246,6 +247,25 @@ class CheckpointConfig(BaseModel):
     every_minutes: float | None = Field(None, gt=0, description="Minutes between checkpoints.")
     keep_last: int = Field(3, ge=1, description="Newest checkpoints kept.")
     keep_every: int | None = Field(None, ge=1, description="Checkpoints of steps divisible by this are never deleted.")
+    keep_best: int | None = Field(
+        None,
+        ge=1,
+        description="So many checkpoints stay that are the best by best_metric; needs a value of it at every "
+        "every_steps. One without a value, such as one that a signal asked for, is never among them.",
+    )
+    best_metric: str = Field(
+        "validation_loss",
+        description="A number in metrics.jsonl: NAME or `min NAME` where the least is the best, `max NAME` where the "
+        "largest is.",
+    )
+    local_dir: str | None = Field(
+        None,
+        description="A fast disk of this machine, or memory (/dev/shm). Checkpoints are written there and copied to "
+        "run_dir behind the run; a restart takes the newest good one of both. For a single process.",
+    )
+    local_every_steps: int | None = Field(
+        None, ge=1, description="Steps between checkpoints that stay in local_dir, of which it keeps the last two."
+    )
     verify: bool = Field(
         True,
         description="Whether a resume compares files with their checksums and passes a damaged checkpoint over.",
@@ -278,4 +298,15 @@ class CheckpointConfig(BaseModel):
     def _loads_from_somewhere(self) -> CheckpointConfig:
         if self.load != "all" and self.start_from is None:
             raise ValueError(f"load={self.load} says what is taken from start_from, which is not set")
+        return self
+
+    @model_validator(mode="after")
+    def _metric_to_go_by(self) -> CheckpointConfig:
+        Metric.parse(self.best_metric)
+        return self
+
+    @model_validator(mode="after")
+    def _somewhere_to_stay(self) -> CheckpointConfig:
+        if self.local_every_steps is not None and self.local_dir is None:
+            raise ValueError(f"local_every_steps={self.local_every_steps} is about local_dir, which is not set")
         return self

@@ -21,6 +21,7 @@ from jaxformers.train.goodput import Goodput, Purpose
 from jaxformers.train.monitor import Display, Trackers
 from jaxformers.train.recheck import step_twice
 from jaxformers.train.requests import Requests, catch_signals
+from jaxformers.train.retention import MEASURED, numbers_of
 from jaxformers.train.state import TrainState
 from jaxformers.train.watch import Diverged, Watch
 from jaxformers.train.watchdog import Watchdog
@@ -106,10 +107,17 @@ def train(
     def follow(state: TrainState) -> TrainState:
         """Hands on the metrics that are pending, and does what guards ask for."""
         reported = reporter.report()
-        if reported is None or not watch.look(reported, reporter.metrics):
+        if reported is None:
+            return state
+        checkpointer.check_measured(reporter.metrics)
+        if not watch.look(reported, reporter.metrics):
             return state
         with pause("restart"):
             return _gone_back(state, supervision.go_back, watch, display)
+
+    def said() -> dict[str, Any]:
+        """What a checkpoint of this step says."""
+        return {**meta, MEASURED: reporter.measured(step)}
 
     def asked() -> Requests:
         asks = jax.process_count() == 1 or step % config.log_every == 0
@@ -146,7 +154,8 @@ def train(
             if step % config.log_every == 0 or step == config.steps:
                 reporter.pending = (step, metrics)
             evaluates = config.eval_every is not None and step % config.eval_every == 0 and step < config.steps
-            saves = (requests.save or checkpointer.is_due(step)) and step < config.steps
+            due = "store" if requests.save else checkpointer.is_due(step)
+            saves = due is not None and step < config.steps
             if evaluates or saves:
                 state = follow(state)
             if evaluates:
@@ -154,7 +163,7 @@ def train(
                     reporter.validate(step, state.params, validation)
             if saves:
                 with pause("checkpoint"):
-                    checkpointer.save(program.to_plain(state), batches, meta)
+                    checkpointer.save(program.to_plain(state), batches, said(), place=due)
         state = follow(state)
         with pause("evaluate"):
             requests.settle(asks=True, reserve=0.0)
@@ -162,7 +171,7 @@ def train(
                 validation_metrics = reporter.validate(step, state.params, validation)
         with pause("checkpoint"):
             state = program.to_plain(state)
-            checkpointer.save(state, batches, meta)
+            checkpointer.save(state, batches, said())
             checkpointer.wait()
     trackers.log(step, goodput.measured())
     display.say(f"time: {goodput}")
@@ -237,6 +246,14 @@ class Reporter:
         self._program, self._steps, self._place = program, steps, place
         self._trackers, self._display, self._goodput = trackers, display, goodput
         self._last, self._last_step = time.perf_counter(), None
+        self._measured: tuple[int, dict[str, float]] = (-1, {})
+
+    def measured(self, step: int) -> dict[str, float]:
+        """The finite numbers that this step, and an evaluation after it, have been found to have."""
+        return self._measured[1] if self._measured[0] == step else {}
+
+    def _remember(self, step: int, metrics: Mapping[str, Any]) -> None:
+        self._measured = (step, self.measured(step) | numbers_of(metrics))
 
     def report(self) -> int | None:
         """Waits for the pending step's metrics and hands them on. The step, None where none is pending."""
@@ -244,6 +261,7 @@ class Reporter:
             return None
         step, values = self.pending
         self.pending, self.metrics = None, self._measure(step, jax.device_get(values))
+        self._remember(step, self.metrics)
         self._trackers.log(step, self.metrics)
         seconds_left = (self._steps - step) * self.metrics["step_seconds"]
         self._display.update(step, self.metrics, seconds_left=seconds_left)
@@ -273,6 +291,7 @@ class Reporter:
         """Evaluates and says so; empty where there is nothing to evaluate on."""
         validation = evaluate(self._program, params, sources, self._place)
         if validation:
+            self._remember(step, validation)
             self._trackers.log(step, validation)
             parts = [f"{name.partition('/')[2]} {loss:.4f}" for name, loss in validation.items() if "/" in name]
             said = f" ({', '.join(parts)})" if parts else ""

@@ -14,14 +14,15 @@ from typing import Any
 import numpy as np
 import tensorstore
 
-from jaxformers.train.checkpoint import FOLDER, UNFINISHED, CheckpointError, reason_of, seal
+from jaxformers.train.checkpoint import FOLDER, CheckpointError
+from jaxformers.train.folders import UNFINISHED, reason_of, seal
 from jaxformers.train.integrity import CHECKSUMS
+from jaxformers.train.retention import META_FILE
 from jaxformers.train.stored import StoredArray, kvstore, open_stored
 
 # Of a state's folder: the database, and what describes its chunks or its devices.
 _DATABASE_FILES = ("d", "manifest.ocdbt", "ocdbt.process_*")
 _SHARDINGS, _ARRAYS, _TREE = "_sharding", "array_metadatas", "_METADATA"
-_META = Path("meta", "metadata")
 _WRITTEN = {"compressor": {"id": "zstd", "level": 1}, "dimension_separator": ".", "order": "C", "filters": None}
 
 
@@ -48,7 +49,7 @@ def reshard(
         shutil.rmtree(unfinished, ignore_errors=True)
         ignored = shutil.ignore_patterns(*_DATABASE_FILES, _SHARDINGS, _ARRAYS, CHECKSUMS)
         shutil.copytree(checkpoint, unfinished, ignore=ignored)
-        (unfinished / _META).write_text(json.dumps(meta), encoding="utf-8")
+        (unfinished / META_FILE).write_text(json.dumps(meta), encoding="utf-8")
         _write_state(checkpoint / "state", unfinished / "state", chunks, done)
         seal(unfinished, target)
     except (OSError, ValueError) as error:

@@ -6,14 +6,17 @@ Looks only at folders, files and their checksums; reads no array.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from jaxformers.train.checkpoint import FOLDER, UNFINISHED, CheckpointError, is_step, remove, to_remove
+from jaxformers.train.checkpoint import FOLDER, CheckpointError
+from jaxformers.train.folders import UNFINISHED, remove, steps_in
 from jaxformers.train.integrity import find_damage
 from jaxformers.train.monitor import METRICS_FILE
+from jaxformers.train.retention import VALIDATION, Metric, measured, metric_of, to_remove
 
 Condition = Literal["whole", "damaged", "set aside", "unfinished"]
 
@@ -21,7 +24,8 @@ Condition = Literal["whole", "damaged", "set aside", "unfinished"]
 @dataclass(frozen=True)
 class Entry:
     """A checkpoint's folder. nbytes: of its files; written: seconds since 1970; validation_loss in nats, where the run
-    evaluated at that step; damage: what is wrong with its files, each in a few words."""
+    evaluated at that step; metric and value: what its run tells checkpoints apart by, and what was measured of it at
+    that step; best: whether none of the others is better; damage: what is wrong with its files, each in a few words."""
 
     path: Path
     step: int | None
@@ -29,6 +33,9 @@ class Entry:
     nbytes: int
     written: float
     validation_loss: float | None = None
+    metric: str = VALIDATION
+    value: float | None = None
+    best: bool = False
     damage: tuple[str, ...] = ()
 
 
@@ -43,7 +50,7 @@ def find_checkpoints(ref: str | Path) -> list[Path]:
     if path.parent.name == FOLDER and path.is_dir() and path.name.partition(".")[0].isdecimal():
         return [path]
     folder = shelf_of(path)
-    return sorted((p for p in folder.iterdir() if p.is_dir() and is_step(p.name)), key=lambda p: int(p.name))
+    return [folder / str(step) for step in steps_in(folder)]
 
 
 def shelf_of(run: Path) -> Path:
@@ -54,21 +61,50 @@ def shelf_of(run: Path) -> Path:
 
 
 def list_checkpoints(run: Path) -> list[Entry]:
-    """Every folder on the shelf, by step. Files are compared with their checksums' list by name and size, not read."""
-    losses = validation_losses(run)
-    entries = []
-    for path in shelf_of(run).iterdir():
-        if not path.is_dir():
-            continue
-        step, condition = _told_by_name(path)
-        damage = find_damage(path, contents=False) if condition == "whole" else []
-        loss = losses.get(step) if step is not None and condition == "whole" else None
-        files = [file.stat() for file in path.rglob("*") if file.is_file()]
-        written = path.stat().st_mtime
-        condition = "damaged" if damage else condition
-        size = sum(file.st_size for file in files)
-        entries.append(Entry(path, step, condition, size, written, loss, tuple(damage)))
+    """Every folder on the shelf, by step. Files are compared with their checksums' list by name and size, not read,
+    but for the metadata, which say what was measured."""
+    shelf, losses = shelf_of(run), validation_losses(run)
+    metric = _metric(shelf)
+    entries = [_entry(path, losses, metric) for path in shelf.iterdir() if path.is_dir()]
+    values = {e.step: e.value for e in entries if e.step is not None and e.condition == "whole"}
+    best = metric.best(values, 1)
+    entries = [replace(e, best=e.condition == "whole" and e.step in best) for e in entries]
     return sorted(entries, key=lambda entry: (-1 if entry.step is None else entry.step, entry.path.name))
+
+
+def _entry(path: Path, losses: Mapping[int, float], metric: Metric) -> Entry:
+    step, condition = _told_by_name(path)
+    known: dict[str, float] = {}
+    damage: list[str] = []
+    if condition == "whole" and step is not None:
+        damage = find_damage(path, contents=False)
+        known = ({VALIDATION: losses[step]} if step in losses else {}) | _measured(path)
+    files = [file.stat() for file in path.rglob("*") if file.is_file()]
+    return Entry(
+        path,
+        step,
+        "damaged" if damage else condition,
+        nbytes=sum(file.st_size for file in files),
+        written=path.stat().st_mtime,
+        validation_loss=known.get(VALIDATION),
+        metric=metric.name,
+        value=known.get(metric.name),
+        damage=tuple(damage),
+    )
+
+
+def _metric(shelf: Path) -> Metric:
+    """What the run goes by that wrote the newest checkpoint."""
+    steps = steps_in(shelf)
+    with suppress(OSError):
+        return metric_of(shelf / str(steps[-1])) if steps else Metric()
+    return Metric()
+
+
+def _measured(checkpoint: Path) -> dict[str, float]:
+    with suppress(OSError):
+        return measured(checkpoint)
+    return {}
 
 
 def _told_by_name(path: Path) -> tuple[int | None, Condition]:
@@ -95,6 +131,15 @@ def validation_losses(run: Path) -> dict[int, float]:
     return losses
 
 
+def best_of(run: Path, count: int) -> list[int]:
+    """The steps of the best whole checkpoints, the best first. ValueError where none says how good it is."""
+    metric = _metric(shelf_of(run))
+    values = {e.step: e.value for e in list_checkpoints(run) if e.condition == "whole" and e.step is not None}
+    if found := metric.best(values, count):
+        return found
+    raise ValueError(f"no whole checkpoint of {run} has a value of {metric.name}, which --keep-best goes by")
+
+
 @dataclass(frozen=True)
 class Chosen:
     """Checkpoints to remove, and the steps that stay."""
@@ -109,12 +154,14 @@ def choose(
     steps: Sequence[int] = (),
     keep_last: int | None = None,
     keep_every: int | None = None,
+    keep_best: int | None = None,
     damaged: bool = False,
 ) -> Chosen:
     """Which checkpoints go: the steps named, those that retention does not keep, and the damaged ones (those that a run
     has set aside too). ValueError where nothing is asked for or a step is not there."""
-    if keep_every is not None and keep_last is None:
-        raise ValueError("--keep-every says which of the older checkpoints stay beside --keep-last; give both")
+    for option, value in (("--keep-every", keep_every), ("--keep-best", keep_best)):
+        if value is not None and keep_last is None:
+            raise ValueError(f"{option} says which of the older checkpoints stay beside --keep-last; give both")
     if not (steps or keep_last is not None or damaged):
         raise ValueError("say which checkpoints to remove: --step, --keep-last, or --damaged")
     folder = shelf_of(run)
@@ -124,7 +171,8 @@ def choose(
         raise ValueError(f"{folder} has no checkpoint of step {unknown[0]}; there are {there}")
     going = set(steps)
     if keep_last is not None:
-        going |= set(to_remove(present, keep_last=keep_last, keep_every=keep_every))
+        best = best_of(run, keep_best) if keep_best is not None else []
+        going |= set(to_remove(present, keep_last=keep_last, keep_every=keep_every, best=best))
     aside: list[Path] = []
     if damaged:
         going |= {step for step in present if step not in going and find_damage(folder / str(step))}

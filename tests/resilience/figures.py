@@ -15,12 +15,13 @@ from tempfile import TemporaryDirectory
 TESTS = Path(__file__).parents[1]
 sys.path[:0] = [str(TESTS), str(TESTS / "benchmarks")]
 
-from kills import kill_again_and_again  # noqa: E402  # the folders above are where the others are found
+from kills import KEEP, kill_again_and_again, with_local  # noqa: E402  # the folders above are where the others are found
 
 
-def killed(count: int) -> str:
+def killed(count: int, *, local: bool) -> str:
     with TemporaryDirectory() as folder:
-        found = kill_again_and_again(Path(folder), kills=count, seed=0)
+        config = with_local(Path(folder)) if local else KEEP
+        found = kill_again_and_again(Path(folder) / "run", kills=count, seed=0, config=config)
     return f"{found.kills} of {found.kills} survived, {found.in_a_save} of them in the middle of a save"
 
 
@@ -74,7 +75,8 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=1.0)
     options = parser.parse_args()
     rows = {  # kills first: their processes are forked, and may be only before jax has begun to compute here
-        "a process killed (SIGKILL) at random moments of its saves": killed(options.kills),
+        "a process killed (SIGKILL) at random moments of its saves": killed(options.kills, local=False),
+        "the same, with a local disk in front of the run's folder": killed(options.kills, local=True),
         "bits flipped, files cut, removed or swapped in a checkpoint": harmed(options.harms),
         "updates lost to a batch whose loss is NaN": poisoned(),
         "what checksums add to a save": overhead(options.gigabytes),

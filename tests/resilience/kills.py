@@ -1,11 +1,13 @@
 """Kills a process at random moments of its saves, again and again, and looks at what each death leaves behind.
 
-    python tests/resilience/kills.py [--kills 200] [--seed 0]
+    python tests/resilience/kills.py [--kills 200] [--seed 0] [--local]
 
 A life of the process: it restores the newest checkpoint that the last one committed and compares it bit for bit with
 what that step should hold, begins to write again, which has to remove what the last one left half-written, and then
 saves without a pause, asynchronously, until it is killed (SIGKILL) at a random moment. Before its next life the files
-of the newest checkpoint are compared with their checksums. Ends with status 1 at the first thing that is wrong.
+of the newest checkpoint are compared with their checksums. With --local it saves to a local place first, and each
+third step is copied to the run's folder: then all that is committed in either is compared. Ends with status 1 at the
+first thing that is wrong.
 """
 
 from __future__ import annotations
@@ -27,23 +29,28 @@ from saving import assert_right, save  # jax is imported once, for all lives; ea
 
 from jaxformers.train.checkpoint import FOLDER, Checkpointer
 from jaxformers.train.config import CheckpointConfig
+from jaxformers.train.folders import steps_in
 from jaxformers.train.integrity import find_damage
 
 LONGEST_LIFE = 0.5  # seconds from the start of the first save to the kill, a few saves
 KEEP = CheckpointConfig(every_steps=1, keep_last=2)
 
 
-def live(run: Path, ready: int) -> None:
+def with_local(folder: Path) -> CheckpointConfig:
+    """The same with a local place below a folder, of which each third step is copied."""
+    return KEEP.model_copy(update={"every_steps": 3, "local_every_steps": 1, "local_dir": str(folder / "fast")})
+
+
+def live(run: Path, config: CheckpointConfig, ready: int) -> None:
     """A life: what the last one left is checked, checkpoints are written until the end, and `ready` is told of each."""
-    with Checkpointer(run) as reading:
-        newest = reading.newest_good(_complain)
-    if newest is not None:
-        assert_right(run, newest)
-    writing = Checkpointer(run, KEEP)
-    left = _unfinished(run)
+    writing = Checkpointer(run, config)
+    left = [name for folder in _places(run, config) for name in _unfinished(folder)]
     assert not left, f"a new start leaves {left}"
+    newest = writing.newest_good(_complain)
+    if newest is not None:
+        assert_right(run, newest, config)
     for step in itertools.count((newest or 0) + 1):
-        save(writing, step)
+        save(writing, step, place=writing.is_due(step) or "store")
         os.write(ready, b".")
 
 
@@ -51,8 +58,14 @@ def _complain(line: str) -> None:
     raise AssertionError(line)
 
 
-def _unfinished(run: Path) -> list[str]:
-    return [path.name for path in (run / FOLDER).iterdir() if not path.name.isdecimal()]
+def _places(run: Path, config: CheckpointConfig) -> list[Path]:
+    """The folders that hold checkpoints."""
+    local = Path(config.local_dir) if config.local_dir is not None else None
+    return [run / FOLDER, *(local.iterdir() if local is not None and local.is_dir() else ())]
+
+
+def _unfinished(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.is_dir() and not path.name.isdecimal()]
 
 
 @dataclass
@@ -70,24 +83,27 @@ class Figures:
         )
 
 
-def kill_again_and_again(run: Path, *, kills: int, seed: int) -> Figures:
+def kill_again_and_again(run: Path, *, kills: int, seed: int, config: CheckpointConfig = KEEP) -> Figures:
     """AssertionError or SystemExit at the first thing that is wrong."""
     draw, figures, before = random.Random(seed), Figures(), 0
     for _ in range(kills):
-        _live_and_die(run, draw.uniform(0, LONGEST_LIFE))
+        _live_and_die(run, config, draw.uniform(0, LONGEST_LIFE))
+        places = _places(run, config)
         figures.kills += 1
-        figures.in_a_save += bool(_unfinished(run))
-        newest = max((int(path.name) for path in (run / FOLDER).iterdir() if path.name.isdecimal()), default=0)
+        figures.in_a_save += any(_unfinished(folder) for folder in places)
+        newest = max((step for folder in places for step in steps_in(folder)), default=0)
         assert newest >= before, f"step {before} was committed and is gone"
         figures.committed += newest - before
         before = newest
-        damage = find_damage(run / FOLDER / str(newest)) if newest else []
-        assert not damage, f"kill {figures.kills}: step {newest}: {damage}"
-    _live_and_die(run, 0)  # what the last kill left is checked as well
+        for folder in places:
+            for step in steps_in(folder)[-1:]:
+                damage = find_damage(folder / str(step))
+                assert not damage, f"kill {figures.kills}: step {step} in {folder}: {damage}"
+    _live_and_die(run, config, 0)  # what the last kill left is checked as well
     return figures
 
 
-def _live_and_die(run: Path, seconds: float) -> None:
+def _live_and_die(run: Path, config: CheckpointConfig, seconds: float) -> None:
     """A process that is killed so many seconds after it began to save."""
     told, ready = os.pipe()
     pid = os.fork()
@@ -102,7 +118,7 @@ def _live_and_die(run: Path, seconds: float) -> None:
             raise SystemExit("a process ended before it was killed")
         return
     try:
-        live(run, ready)
+        live(run, config, ready)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -113,9 +129,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--local", action="store_true")
     options = parser.parse_args()
     with TemporaryDirectory() as folder:
-        print(kill_again_and_again(Path(folder), kills=options.kills, seed=options.seed))
+        config = with_local(Path(folder)) if options.local else KEEP
+        print(kill_again_and_again(Path(folder) / "run", kills=options.kills, seed=options.seed, config=config))
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxformers.train.checkpoint import META_KEYS, Checkpointer
-from jaxformers.train.config import GuardConfig
+from jaxformers.train.checkpoint import META_KEYS, Checkpointer, Place
+from jaxformers.train.config import CheckpointConfig, GuardConfig
 from jaxformers.train.guard import new_guard
 from jaxformers.train.state import TrainState
 
@@ -47,8 +47,9 @@ def said_at(step: int) -> dict[str, Any]:
     return dict.fromkeys(META_KEYS, "none") | {"said at": step}
 
 
-def save(checkpoints: Checkpointer, step: int) -> None:
-    checkpoints.save(state_of(step), Position(step), said_at(step))
+def save(checkpoints: Checkpointer, step: int, *, place: Place = "store", **said: Any) -> None:
+    """Begins to save a step. said: what its metadata says besides."""
+    checkpoints.save(state_of(step), Position(step), said_at(step) | said, place=place)
 
 
 def restored(checkpoints: Checkpointer, step: int) -> tuple[TrainState, int | None, dict[str, Any]]:
@@ -59,9 +60,9 @@ def restored(checkpoints: Checkpointer, step: int) -> tuple[TrainState, int | No
     return checkpoints.restore(step, abstract, position), position.step, checkpoints.meta(step)
 
 
-def assert_right(run: Path, step: int) -> None:
-    """A checkpoint is undamaged and holds, bit for bit, what its step should."""
-    with Checkpointer(run) as checkpoints:
+def assert_right(run: Path, step: int, config: CheckpointConfig | None = None) -> None:
+    """A checkpoint is undamaged and holds, bit for bit, what its step should. config: of a run with two places."""
+    with Checkpointer(run, config) as checkpoints:
         checkpoints.check(step)
         state, position, meta = restored(checkpoints, step)
     assert (position, meta) == (step, said_at(step))

@@ -5,9 +5,12 @@ import itertools
 import os
 import re
 import resource
+import shutil
 import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from faults import BAD_DISK, CALLS, NO_SPACE, Faults
@@ -16,10 +19,13 @@ from saving import Position, assert_right, said_at, save, state_of
 import jaxformers as jf
 from jaxformers.train.checkpoint import FOLDER, Checkpointer, CheckpointError
 from jaxformers.train.config import CheckpointConfig
+from jaxformers.train.folders import remove
 
 # Orbax leaves event loops behind when a write fails, which complain when they are collected.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 STOP = CheckpointConfig(every_steps=1, keep_last=2)
 CONTINUE = STOP.model_copy(update={"on_error": "continue"})
 SAMPLED = {"open": range(1, 99, 3), "fsync": range(1, 99, 9)}  # of calls that are many, in the fast tests
@@ -148,6 +154,45 @@ def test_a_write_that_the_system_cuts_short_is_one_line(tmp_path):
     assert_right(tmp_path, 3)
 
 
+@pytest.fixture(scope="module")
+def failing_disk(tmp_path_factory):
+    """A library that comes between tensorstore and the C library's write and fsync."""
+    library = tmp_path_factory.mktemp("disk") / "failing_disk.so"
+    command = ["gcc", "-shared", "-fPIC", "-o", str(library), str(HERE / "failing_disk.c"), "-ldl"]
+    if sys.platform != "linux" or shutil.which("gcc") is None:
+        pytest.skip("the library is for Linux, and gcc makes it")
+    subprocess.run(command, check=True)
+    return library
+
+
+@pytest.mark.parametrize("code", [BAD_DISK, pytest.param(NO_SPACE, marks=pytest.mark.slow)])
+def test_any_write_of_the_arrays_themselves_may_fail_or_take_long(tmp_path, failing_disk, code):
+    environment = os.environ | {"LD_PRELOAD": str(failing_disk), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    command = [sys.executable, str(HERE / "failing_disk.py"), str(tmp_path), str(code)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 4, "data and the database's manifest are written and synced"
+
+
+def test_training_goes_on_while_a_slow_disk_writes(tmp_path, monkeypatch):
+    """The save of step 2 is not done before step 3 is."""
+    from tiny import run_config
+    from whole_runs import act_at
+
+    step_done, replace, waited = threading.Event(), os.replace, []
+
+    def replaced(source, target):
+        if Path(target).name == "2":
+            waited.append(step_done.wait(120))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replaced)
+    act_at(monkeypatch, 3, step_done.set)
+    result = jf.fit(run_config(tmp_path, checkpoint={"every_steps": 2}))
+    assert (result.step, waited) == (8, [True])
+    assert names(tmp_path / "run") == ["4", "6", "8"]
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A disk of 1 MB, which a dozen checkpoints fill."""
@@ -176,7 +221,7 @@ def test_a_full_disk_costs_saves_until_there_is_room_again(small_disk, monkeypat
         assert (newest, step) == (newest, newest + 3), "three saves in a row were given up"
         assert_right(small_disk, newest)
         for old in range(1, newest):
-            checkpoints._remove(old)
+            remove(small_disk / FOLDER / str(old))
         save(checkpoints, step + 1)
     assert_right(small_disk, step + 1)
 

@@ -208,6 +208,42 @@ def test_foreign_and_half_deleted_checkpoints_are_one_line_that_names_them(first
     assert "\n" not in str(caught.value)
 
 
+def unknown_model(checkpoint):
+    path = checkpoint / "meta" / "metadata"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model": {"model_type": "of the future"}}))
+
+
+@pytest.mark.parametrize("read", ["resume", "load", "inspect", "start_from"])
+def test_a_checkpoint_of_a_model_that_this_version_does_not_know_is_one_line_that_names_it(first, tmp_path, read):
+    config, result = first
+    run = shutil.copytree(result.run_dir, tmp_path / "run")
+    newest = resealed(run, unknown_model)
+    with pytest.raises(CheckpointError) as caught:  # noqa: PT012  # one of them is called
+        if read == "load":
+            jf.load(run)
+        elif read == "inspect":
+            describe(run)
+        elif read == "resume":
+            jf.fit(config | {"run_dir": str(run)})
+        else:
+            jf.fit(config | {"run_dir": str(tmp_path / "new")}, [f"checkpoint.start_from={run}"])
+    assert str(caught.value).startswith(f"{newest} holds a model that this version cannot read: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_whose_config_is_of_another_version_is_loaded_all_the_same(first, tmp_path):
+    """Of what it was trained with, a model needs nothing."""
+    _, result = first
+    run = shutil.copytree(result.run_dir, tmp_path / "run")
+
+    def age(checkpoint):
+        path = checkpoint / "meta" / "metadata"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"config": {"optimiser": "sgd"}}))
+
+    resealed(run, age)
+    assert_bit_equal(jax.device_get(jf.load(run).params), jax.device_get(result.model.params))
+
+
 def test_a_checkpoint_is_inspected(first):
     _, result = first
     found = describe(result.run_dir / "checkpoints" / "2")
