@@ -12,9 +12,9 @@ from jaxformers.data.config import SourceConfig
 from jaxformers.data.files import cannot_be_read, expand, glob_paths, is_remote
 from jaxformers.data.formats import FORMATS, callables, format_of, huggingface
 from jaxformers.data.formats.lines import line_at
-from jaxformers.data.records import BadRecord, Document, Fields, Piece, Record, SourceFile, Tokens
+from jaxformers.data.records import BadRecord, Document, Entry, Fields, Piece, Record, SourceFile, Tokens
 
-__all__ = ["BadRecord", "Document", "Piece", "SourceFile", "Tokens", "cut", "files_of", "find_files", "name_of", "read"]
+__all__ = ["BadRecord", "Document", "Entry", "Piece", "SourceFile", "Tokens", "cut", "files_of", "find_files", "name_of", "read"]
 
 
 def files_of(config: SourceConfig) -> list[SourceFile]:
@@ -104,14 +104,17 @@ def cut(file: SourceFile, size: int) -> list[Piece]:
         raise cannot_be_read(file.path, error) from error
 
 
-def read(piece: Piece, *, text_field: str = "text", tokens_field: str | None = None) -> Iterator[Record]:
-    """The documents of a piece in order, each a text or ready ids, and what could not be one.
+def read(
+    piece: Piece, *, text_field: str = "text", tokens_field: str | None = None, entries: Sequence[str] = ()
+) -> Iterator[Record]:
+    """The documents of a piece in order, each a text or ready ids, and what could not be one; with `entries`, which
+    names fields, whole records with at least those of the fields that there are.
 
     Raises:
         ValueError: the file cannot be opened, is not of its format or is damaged as a whole; a table without the field.
     """
     try:
-        yield from FORMATS[piece.format].read(piece, Fields(text_field, tokens_field))
+        yield from FORMATS[piece.format].read(piece, Fields(text_field, tokens_field, tuple(entries)))
     except OSError as error:
         raise cannot_be_read(piece.path, error) from error
 
