@@ -99,9 +99,9 @@ class ChatConfig(BaseModel):
 
     format: Literal["none", "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = Field(
         "none",
-        description="none: records are texts. Else what they are: messages (role, content, tool_calls, and tools beside "
-        "them), sharegpt (conversations of from, value), alpaca (instruction, input, output), prompt_completion (texts "
-        "or lists of messages), text (learned whole, without a template); auto: each record's fields say it.",
+        description="none: records are texts. Else what they are: messages (role, content, tool_calls, and tools "
+        "beside them), sharegpt (conversations of from, value), alpaca (instruction, input, output), prompt_completion "
+        "(texts or lists of messages), text (learned whole, without a template); auto: each record's fields say it.",
     )
     fields: dict[str, str] = Field(
         {}, description="Other names of the records' fields, such as {prompt: question, completion: answer}."
@@ -131,7 +131,9 @@ class ChatConfig(BaseModel):
     def _known_fields(cls, value: dict[str, str]) -> dict[str, str]:
         for name in value:
             if name not in CHAT_FIELDS:
-                raise ValueError(f"names {name!r}, which no form of a conversation has; known: {', '.join(CHAT_FIELDS)}")
+                raise ValueError(
+                    f"names {name!r}, which no form of a conversation has; known: {', '.join(CHAT_FIELDS)}"
+                )
         return value
 
     @property
@@ -205,7 +207,9 @@ class SourceConfig(BaseModel):
         if self.chat.on and self.tokens_field is not None:
             raise ValueError(f"tokens_field is {self.tokens_field!r}, but conversations (chat.format) are no ready ids")
         if self.chat.on and self.fim.rate:
-            raise ValueError(f"fim.rate is {self.fim.rate}, but conversations (chat.format) are not rearranged: set it to 0")
+            raise ValueError(
+                f"fim.rate is {self.fim.rate}, but conversations (chat.format) are not rearranged: set it to 0"
+            )
         if self.chat.on and self.format in ("text", "megatron"):
             raise ValueError(f"chat.format is {self.chat.format}, but files of format {self.format} hold no records")
         return self
@@ -254,7 +258,7 @@ class DataConfig(SourceConfig):
     packing_window: int = Field(1024, gt=0, le=65536, description="Documents that are packed together.")
     attend_across_documents: bool = Field(False, description="Whether documents see those before them in their row.")
     reset_positions: bool = Field(True, description="Count positions from 0 in each document, or through the row.")
-    end_of_text_loss: bool = Field(True, description="Whether the end-of-text token is learned.")
+    end_of_text_loss: bool = Field(True, description="Whether the end-of-text token of texts is learned.")
     seed: int = Field(0, ge=0, lt=2**63, description="Decides the order of documents and rows, and nothing else.")
     shuffle: bool = Field(True, description="Shuffle documents, and rows anew every epoch; false keeps file order.")
     cache_dir: Path | None = Field(

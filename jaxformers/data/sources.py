@@ -12,9 +12,9 @@ from jaxformers.data.config import SourceConfig
 from jaxformers.data.files import cannot_be_read, expand, glob_paths, is_remote
 from jaxformers.data.formats import FORMATS, callables, format_of, huggingface
 from jaxformers.data.formats.lines import line_at
-from jaxformers.data.records import BadRecord, Document, Entry, Fields, Piece, Record, SourceFile, Tokens
+from jaxformers.data.records import BadRecord, Document, Fields, Piece, Record, SourceFile, Tokens
 
-__all__ = ["BadRecord", "Document", "Entry", "Piece", "SourceFile", "Tokens", "cut", "files_of", "find_files", "name_of", "read"]
+__all__ = ["BadRecord", "Document", "Piece", "SourceFile", "Tokens", "cut", "files_of", "find_files", "name_of", "read"]
 
 
 def files_of(config: SourceConfig) -> list[SourceFile]:

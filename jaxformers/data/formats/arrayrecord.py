@@ -12,7 +12,17 @@ from contextlib import contextmanager
 import numpy as np
 
 from jaxformers.data.files import is_remote, needs_extra, one_line
-from jaxformers.data.records import BadRecord, Entry, Fields, Piece, Record, SourceFile, Tokens, even_pieces, text_record
+from jaxformers.data.records import (
+    BadRecord,
+    Entry,
+    Fields,
+    Piece,
+    Record,
+    SourceFile,
+    Tokens,
+    even_pieces,
+    text_record,
+)
 
 ID_TYPES = ("uint16", "uint32", "int32", "int64")
 _AT_ONCE = 256  # records

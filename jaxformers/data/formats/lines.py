@@ -5,7 +5,17 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from jaxformers.data.files import COMPRESSED, DAMAGE, open_decompressed
-from jaxformers.data.records import BadRecord, Document, Entry, Fields, Piece, Record, SourceFile, is_unicode, tokens_record
+from jaxformers.data.records import (
+    BadRecord,
+    Document,
+    Entry,
+    Fields,
+    Piece,
+    Record,
+    SourceFile,
+    is_unicode,
+    tokens_record,
+)
 
 
 def cut(file: SourceFile, size: int) -> list[Piece]:

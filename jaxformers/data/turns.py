@@ -1,0 +1,148 @@
+"""Conversations as texts, and which characters of them the model is to learn: what it writes itself, to the end of its
+turns.
+
+A template with `{% generation %}` marks says what the model writes. Of another, each answer begins where the prompt for
+it ends and goes on to where the next turn begins; both are found by rendering parts of the conversation, and believed
+only where the whole conversation reads the same there. Knows no ids and no file.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jaxformers.data.chat import ChatTemplateError, MarkedText, has_marks, render_chat, render_marked
+from jaxformers.data.config import ChatConfig
+from jaxformers.data.conversations import Conversation, ConversationError
+from jaxformers.data.tokenizer import Tokenizer
+
+_PROBE = "\ufdd2"  # an answer like no other: a code point that Unicode keeps free for uses such as this one
+
+
+@dataclass(frozen=True)
+class Written:
+    """A conversation as one text, and the ranges of its characters to learn, in order."""
+
+    text: str
+    learned: tuple[tuple[int, int], ...]
+
+
+class Writer:
+    """Writes conversations out as a tokenizer's chat template has them."""
+
+    def __init__(self, tokenizer: Tokenizer, config: ChatConfig):
+        self._tokenizer, self._config = tokenizer, config
+        tokens = sorted({*tokenizer.special_tokens, *tokenizer.named_tokens.values()}, key=len, reverse=True)
+        special = "|".join(map(re.escape, tokens)) or "(?!)"
+        self._to_end_of_turn = re.compile(rf"\s*(?:{special})")
+        self._after_end_of_turn = re.compile(rf"(?:{special})(\s+)\Z")
+
+    def write(self, conversation: Conversation) -> Written:
+        """The text and what to learn of it, as `chat.learn` says.
+
+        Raises:
+            ValueError: a template that refuses the conversation, or does not show what in it is the model's.
+        """
+        template = self._tokenizer.chat_template_for(tools=conversation.tools is not None)
+        text = _Text(template, conversation, {**self._tokenizer.named_tokens, **self._config.variables})
+        if self._config.learn == "all":
+            whole = text.whole()
+            return Written(whole, ((0, len(whole)),))
+        answers = conversation.answers
+        if has_marks(template):
+            marked = text.marked()
+            return Written(marked.text, _chosen(marked.written, conversation, self._config.learn))
+        wanted = [n for n in answers if n not in conversation.given]
+        if self._config.learn == "last":
+            wanted = wanted[-1:]
+        whole = text.whole()
+        return Written(whole, tuple(self._span(text, whole, n) for n in wanted))
+
+    def _span(self, text: "_Text", whole: str, turn: int) -> tuple[int, int]:
+        """The characters of one answer and of the token that ends it."""
+        prompt, head, tail = text.before(turn), *text.around(turn)
+        if prompt is not None and whole.startswith(prompt):
+            start = len(prompt)
+        else:
+            start = len(head) if head is not None and whole.startswith(head) else len(whole)
+        until = text.until(turn)
+        if until is not None and whole.startswith(until):
+            end = len(until)
+            if behind := self._after_end_of_turn.search(whole[start:end]):
+                end -= len(behind[1])
+        elif tail is not None and whole.endswith(tail):
+            end = len(whole) - len(tail)
+            if ending := self._to_end_of_turn.match(tail):
+                end += ending.end()
+        else:
+            end = 0
+        if start >= end:
+            raise ConversationError(
+                f"the chat template rewrites turn {turn + 1}, so which tokens are the model's cannot be told"
+            )
+        return start, end
+
+
+class _Text:
+    """A conversation under a template, whole and in parts. A part that the template refuses is None."""
+
+    def __init__(self, template: str, conversation: Conversation, variables: dict[str, Any]):
+        self._template, self._messages = template, list(conversation.messages)
+        self._options = {**variables, "tools": None if conversation.tools is None else list(conversation.tools)}
+
+    def marked(self) -> MarkedText:
+        return render_marked(self._template, self._messages, **self._options)
+
+    def whole(self) -> str:
+        return render_chat(self._template, self._messages, **self._options)
+
+    def before(self, turn: int) -> str | None:
+        """What the model reads before it writes the turn."""
+        return self._part(self._messages[:turn], prompt=True)
+
+    def until(self, turn: int) -> str | None:
+        """The conversation if it ended behind the turn."""
+        return self._part(self._messages[: turn + 1])
+
+    def around(self, turn: int) -> tuple[str, str] | tuple[None, None]:
+        """What stands before and behind the turn's words if they are others."""
+        answer = {"role": "assistant", "content": _PROBE}
+        text = self._part([*self._messages[:turn], answer, *self._messages[turn + 1 :]])
+        if text is None or text.count(_PROBE) != 1:
+            return None, None
+        head, _, tail = text.partition(_PROBE)
+        return head, tail
+
+    def _part(self, messages: list[Any], *, prompt: bool = False) -> str | None:
+        try:
+            return render_chat(self._template, messages, add_generation_prompt=prompt, **self._options)
+        except ChatTemplateError:
+            return None
+
+
+def _chosen(marks: tuple[tuple[int, int], ...], conversation: Conversation, learn: str) -> tuple[tuple[int, int], ...]:
+    """The marks around the answers to learn."""
+    answers, given = conversation.answers, conversation.given
+    if given and len(marks) != len(answers):
+        raise ConversationError(
+            f"the chat template marks {len(marks)} texts for {len(answers)} turns of the assistant, so which to leave "
+            "out cannot be told"
+        )
+    if given:
+        marks = tuple(mark for mark, turn in zip(marks, answers, strict=True) if turn not in given)
+    if not marks:
+        raise ConversationError("the chat template marks nothing of it as written by the model")
+    return marks[-1:] if learn == "last" else marks
+
+
+def learned_tokens(places: np.ndarray, learned: tuple[tuple[int, int], ...]) -> np.ndarray:
+    """bool [tokens]: which tokens have a character to learn, given the characters of each token (int64 [tokens, 2])."""
+    starts, stops = places[:, 0], places[:, 1]
+    # A token of nothing but spaces may come out as no characters; it stands for those behind the token before.
+    before = np.concatenate([np.zeros(1, np.int64), stops[:-1]])
+    starts = np.where(starts == stops, np.minimum(before, starts), starts)
+    found = np.zeros(len(places), bool)
+    for first, last in learned:
+        found |= (starts < last) & (stops > first)
+    return found
