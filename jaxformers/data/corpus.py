@@ -31,10 +31,10 @@ _NAMES_KEPT = 100
 class CorpusReport:
     """Counts of a corpus. Efficiency is the share of row positions that hold a token.
 
-    `skipped` counts records that are no document, of which `skipped_names` names the first hundred; `empty` counts texts
-    of nothing but white space, which are left out too. `bytes` is the documents' text as UTF-8. `learned_tokens` are
-    those of the training documents that are targets. `conversations` counts all of them, `too_long` those longer than a
-    row, which were cut or left out as `chat.too_long` says; `too_long_names` names the first hundred.
+    `skipped` counts records that are no document, of which `skipped_names` names the first hundred; `empty` counts
+    texts of nothing but white space, which are left out too. `bytes` is the documents' text as UTF-8, `learned_tokens`
+    the targets among the training tokens. `conversations` counts all of them, `too_long` those longer than a row, which
+    were cut or left out as `chat.too_long` says; `too_long_names` names the first hundred.
     """
 
     files: int

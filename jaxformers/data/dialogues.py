@@ -9,12 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxformers.data.chat import ChatTemplateError
 from jaxformers.data.config import ChatConfig
 from jaxformers.data.conversations import ROLES, ConversationError, conversation_of
 from jaxformers.data.records import BadRecord, Document, Entry, Unit
 from jaxformers.data.tokenizer import Tokenizer
-from jaxformers.data.turns import Writer, learned_tokens
 
 UNITS: tuple[Unit, ...] = ("byte", "row", "file")
 # One row per document of a cache of conversations: the number of its file among the sources, where in it the record
@@ -45,6 +43,9 @@ def dialogue_reader(
     config: ChatConfig, tokenizer: Tokenizer
 ) -> Callable[[str, Entry], "Dialogue | Document | BadRecord"]:
     """A function from a file's path and one of its records to the conversation, or the raw text, that it holds."""
+    from jaxformers.data.chat import ChatTemplateError  # brings jinja, which most corpora do not need
+    from jaxformers.data.turns import Writer
+
     writer = Writer(tokenizer, config)
 
     def read(path: str, entry: Entry) -> Dialogue | Document | BadRecord:
@@ -67,6 +68,18 @@ def encode_dialogues(dialogues: Sequence[Dialogue], tokenizer: Tokenizer) -> lis
         (ids, learned_tokens(places, dialogue.learned))
         for dialogue, (ids, places) in zip(dialogues, found, strict=True)
     ]
+
+
+def learned_tokens(places: np.ndarray, learned: tuple[tuple[int, int], ...]) -> np.ndarray:
+    """bool [tokens]: which tokens have a character to learn, given the characters of each token (int64 [tokens, 2])."""
+    starts, stops = places[:, 0], places[:, 1]
+    # A token of nothing but spaces may come out as no characters; it stands for those behind the token before.
+    before = np.concatenate([np.zeros(1, np.int64), stops[:-1]])
+    starts = np.where(starts == stops, np.minimum(before, starts), starts)
+    found = np.zeros(len(places), bool)
+    for first, last in learned:
+        found |= (starts < last) & (stops > first)
+    return found
 
 
 def origins_of(documents: Sequence[object], file_numbers: dict[str, int]) -> np.ndarray:

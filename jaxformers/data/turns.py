@@ -10,8 +10,6 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from jaxformers.data.chat import ChatTemplateError, MarkedText, has_marks, render_chat, render_marked
 from jaxformers.data.config import ChatConfig
 from jaxformers.data.conversations import Conversation, ConversationError
@@ -134,15 +132,3 @@ def _chosen(marks: tuple[tuple[int, int], ...], conversation: Conversation, lear
     if not marks:
         raise ConversationError("the chat template marks nothing of it as written by the model")
     return marks[-1:] if learn == "last" else marks
-
-
-def learned_tokens(places: np.ndarray, learned: tuple[tuple[int, int], ...]) -> np.ndarray:
-    """bool [tokens]: which tokens have a character to learn, given the characters of each token (int64 [tokens, 2])."""
-    starts, stops = places[:, 0], places[:, 1]
-    # A token of nothing but spaces may come out as no characters; it stands for those behind the token before.
-    before = np.concatenate([np.zeros(1, np.int64), stops[:-1]])
-    starts = np.where(starts == stops, np.minimum(before, starts), starts)
-    found = np.zeros(len(places), bool)
-    for first, last in learned:
-        found |= (starts < last) & (stops > first)
-    return found
