@@ -59,27 +59,30 @@ class Writer:
 
     def _span(self, text: "_Text", whole: str, turn: int) -> tuple[int, int]:
         """The characters of one answer and of the token that ends it."""
-        prompt, head, tail = text.before(turn), *text.around(turn)
-        if prompt is not None and whole.startswith(prompt):
-            start = len(prompt)
-        else:
-            start = len(head) if head is not None and whole.startswith(head) else len(whole)
-        until = text.until(turn)
-        if until is not None and whole.startswith(until):
-            end = len(until)
+        prompt, until = text.before(turn), text.until(turn)
+        if prompt is not None and whole.startswith(prompt) and until is not None and whole.startswith(until):
+            start, end = len(prompt), len(until)
             if behind := self._after_end_of_turn.search(whole[start:end]):
                 end -= len(behind[1])
-        elif tail is not None and whole.endswith(tail):
-            end = len(whole) - len(tail)
-            if ending := self._to_end_of_turn.match(tail):
-                end += ending.end()
         else:
-            end = 0
+            # An earlier turn may read otherwise once others follow, and a text that ends here have another end.
+            start, end = self._around(text, whole, turn)
+            if prompt is not None and whole.startswith(prompt):
+                start = len(prompt)
         if start >= end:
             raise ConversationError(
                 f"the chat template rewrites turn {turn + 1}, so which tokens are the model's cannot be told"
             )
         return start, end
+
+    def _around(self, text: "_Text", whole: str, turn: int) -> tuple[int, int]:
+        """The characters of one answer as those that change with it, and the end-of-turn token behind; (0, 0) if what
+        is around them changes too."""
+        head, tail = text.around(turn)
+        if head is None or not whole.startswith(head) or not whole.endswith(tail):
+            return 0, 0
+        ending = self._to_end_of_turn.match(tail)
+        return len(head), len(whole) - len(tail) + (ending.end() if ending else 0)
 
 
 class _Text:
