@@ -6,8 +6,12 @@ it ends and goes on to where the next turn begins; both are found by rendering p
 only where the whole conversation reads the same there. Knows no ids and no file.
 """
 
+import functools
+import json
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from jaxformers.data.chat import ChatTemplateError, MarkedText, has_marks, render_chat, render_marked
@@ -17,13 +21,15 @@ from jaxformers.data.tokenizer import Tokenizer
 
 _PROBE = "\ufdd2"  # an answer like no other: a code point that Unicode keeps free for uses such as this one
 
+Range = tuple[int, int]  # characters [start, stop)
+
 
 @dataclass(frozen=True)
 class Written:
     """A conversation as one text, and the ranges of its characters to learn, in order."""
 
     text: str
-    learned: tuple[tuple[int, int], ...]
+    learned: tuple[Range, ...]
 
 
 class Writer:
@@ -42,20 +48,27 @@ class Writer:
         Raises:
             ValueError: a template that refuses the conversation, or does not show what in it is the model's.
         """
+        try:
+            return self._write(conversation)
+        except ChatTemplateError:
+            # Some templates quote the arguments of calls themselves, others only join them to their text.
+            joining = _with_arguments_as_texts(conversation)
+            if joining == conversation:
+                raise
+        return self._write(joining)
+
+    def _write(self, conversation: Conversation) -> Written:
         template = self._tokenizer.chat_template_for(tools=conversation.tools is not None)
         text = _Text(template, conversation, {**self._tokenizer.named_tokens, **self._config.variables})
         if self._config.learn == "all":
-            whole = text.whole()
-            return Written(whole, ((0, len(whole)),))
-        answers = conversation.answers
+            return Written(text.whole(), ((0, len(text.whole())),))
         if has_marks(template):
             marked = text.marked()
             return Written(marked.text, _chosen(marked.written, conversation, self._config.learn))
-        wanted = [n for n in answers if n not in conversation.given]
+        wanted = [n for n in conversation.answers if n not in conversation.given]
         if self._config.learn == "last":
             wanted = wanted[-1:]
-        whole = text.whole()
-        return Written(whole, tuple(self._span(text, whole, n) for n in wanted))
+        return Written(text.whole(), tuple(self._span(text, text.whole(), n) for n in wanted))
 
     def _span(self, text: "_Text", whole: str, turn: int) -> tuple[int, int]:
         """The characters of one answer and of the token that ends it."""
@@ -91,12 +104,10 @@ class _Text:
     def __init__(self, template: str, conversation: Conversation, variables: dict[str, Any]):
         self._template, self._messages = template, list(conversation.messages)
         self._options = {**variables, "tools": None if conversation.tools is None else list(conversation.tools)}
+        self.whole = functools.cache(partial(render_chat, template, self._messages, **self._options))
 
     def marked(self) -> MarkedText:
         return render_marked(self._template, self._messages, **self._options)
-
-    def whole(self) -> str:
-        return render_chat(self._template, self._messages, **self._options)
 
     def before(self, turn: int) -> str | None:
         """What the model reads before it writes the turn."""
@@ -104,7 +115,7 @@ class _Text:
 
     def until(self, turn: int) -> str | None:
         """The conversation if it ended behind the turn."""
-        return self._part(self._messages[: turn + 1])
+        return self.whole() if turn == len(self._messages) - 1 else self._part(self._messages[: turn + 1])
 
     def around(self, turn: int) -> tuple[str, str] | tuple[None, None]:
         """What stands before and behind the turn's words if they are others."""
@@ -122,16 +133,43 @@ class _Text:
             return None
 
 
-def _chosen(marks: tuple[tuple[int, int], ...], conversation: Conversation, learn: str) -> tuple[tuple[int, int], ...]:
+def _with_arguments_as_texts(conversation: Conversation) -> Conversation:
+    """The conversation with the arguments of every call as JSON."""
+
+    def call(call: Mapping[str, Any]) -> dict[str, Any]:
+        written = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+        return {**call, "function": {**call["function"], "arguments": written}}
+
+    messages = [
+        {**message, "tool_calls": list(map(call, message["tool_calls"]))} if "tool_calls" in message else message
+        for message in conversation.messages
+    ]
+    return replace(conversation, messages=tuple(messages))
+
+
+def _chosen(marks: Sequence[Range], conversation: Conversation, learn: str) -> tuple[Range, ...]:
     """The marks around the answers to learn."""
-    answers, given = conversation.answers, conversation.given
-    if given and len(marks) != len(answers):
-        raise ConversationError(
-            f"the chat template marks {len(marks)} texts for {len(answers)} turns of the assistant, so which to leave "
-            "out cannot be told"
-        )
-    if given:
-        marks = tuple(mark for mark, turn in zip(marks, answers, strict=True) if turn not in given)
+    marks = _joined(marks)
     if not marks:
         raise ConversationError("the chat template marks nothing of it as written by the model")
-    return marks[-1:] if learn == "last" else marks
+    answers, given = conversation.answers, conversation.given
+    if not given and learn != "last":
+        return marks
+    if len(marks) != len(answers):
+        raise ConversationError(
+            f"the chat template marks {len(marks)} texts for {len(answers)} turns of the assistant, so which to learn "
+            "cannot be told"
+        )
+    wanted = tuple(mark for mark, turn in zip(marks, answers, strict=True) if turn not in given)
+    return wanted[-1:] if learn == "last" else wanted
+
+
+def _joined(marks: Sequence[Range]) -> tuple[Range, ...]:
+    """Marks side by side, which some templates set for one answer, as one; those around nothing as none."""
+    joined: list[Range] = []
+    for start, stop in marks:
+        if joined and joined[-1][1] == start:
+            joined[-1] = (joined[-1][0], stop)
+        elif start < stop:
+            joined.append((start, stop))
+    return tuple(joined)

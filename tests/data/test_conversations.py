@@ -2,13 +2,15 @@
 `transformers`' own masks and expectations written out."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 import transformers
 from data.templates import TEMPLATES
+from wheels import unpacked_wheel
 
-from jaxformers.data.chat import ChatTemplateError, render_marked
+from jaxformers.data.chat import ChatTemplateError, has_marks, render_marked
 from jaxformers.data.chat_templates import BUILT_IN
 from jaxformers.data.config import ChatConfig
 from jaxformers.data.conversations import ROLES, Conversation, ConversationError, conversation_of
@@ -192,6 +194,56 @@ def test_the_last_turn_or_everything_may_be_learned_and_turns_of_weight_0_are_no
     assert learned(ours, TWO_TURNS, learn="last") == ["Quite sure.<|im_end|>"]
     assert learned(ours, TWO_TURNS, learn="all") == [ours.render_chat(TWO_TURNS)]
     assert learned(ours, [USER, {**ANSWER, "weight": 0}, AGAIN, LAST]) == ["Quite sure.<|im_end|>"]
+
+
+def test_marks_side_by_side_are_one_turn_and_others_must_be_as_many_as_turns(tokenizer):
+    say = "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+    twice = tokenizer.with_chat_template(say + "{% generation %}|{% endgeneration %}{% endif %}.{% endfor %}")
+    assert learned(twice, TWO_TURNS, learn="last") == ["Quite sure.|"]
+    apart = tokenizer.with_chat_template(say + "-{% generation %}|{% endgeneration %}{% endif %}.{% endfor %}")
+    assert learned(apart, TWO_TURNS) == ["True. 😀", "|", "Quite sure.", "|"]
+    with pytest.raises(ConversationError, match="marks 4 texts for 2 turns of the assistant"):
+        learned(apart, TWO_TURNS, learn="last")
+    with pytest.raises(ConversationError, match="marks nothing"):
+        learned(tokenizer.with_chat_template("{% generation %}{% endgeneration %}{{ messages }}"), TWO_TURNS)
+
+
+def test_a_template_that_joins_arguments_to_its_text_gets_them_as_json(tokenizer):
+    joining = (
+        "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls %}{{ '@' + c.function.arguments }}{% endfor %}"
+    )
+    ours = tokenizer.with_chat_template(joining + "<|im_end|>{% endfor %}")
+    assert learned(ours, [USER, CALL, RESULT, LAST]) == ['@{"city": "Zürich"}<|im_end|>', "Quite sure.<|im_end|>"]
+
+
+@pytest.mark.slow
+def test_published_templates_without_their_marks_learn_what_they_mark():
+    """But for a header that a prompt already holds, and the line behind the end of a turn."""
+    thoughtful = [USER, {**ANSWER, "reasoning_content": "hm"}, AGAIN, {**LAST, "reasoning_content": "aha"}]
+    compared = 0
+    for file in sorted((unpacked_wheel("trl==1.16.0") / "trl" / "chat_templates").glob("*.jinja")):
+        template = file.read_text(encoding="utf-8")
+        # One takes no text, only lists of parts; one prompts for an answer without the thoughts that it then renders.
+        if not has_marks(template) or "llava" in file.name or "nothink" in file.name:
+            continue
+        bare = re.sub(r"\{%(-?)\s*generation\s*(-?)%\}", r"{%\1 if true \2%}", template)
+        bare = re.sub(r"\{%(-?)\s*endgeneration\s*(-?)%\}", r"{%\1 endif \2%}", bare)
+        specials = tuple(
+            sorted(set(re.findall(r"<\|[^|>\n]+\|>|<｜[^｜]+｜>|<(?:start|end)_of_turn>|<turn\|>", template)))
+        )
+        tokenizer = byte_tokenizer(specials)
+        for messages in (TWO_TURNS, thoughtful):
+            config = ChatConfig(format="messages")
+            conversation = conversation_of(messages, config)
+            by_marks, by_prompts = (
+                Writer(tokenizer.with_chat_template(each), config).write(conversation) for each in (template, bare)
+            )
+            assert by_marks.text == by_prompts.text, file
+            for (first, last), (start, stop) in zip(by_marks.learned, by_prompts.learned, strict=True):
+                assert first <= start < stop <= last, file
+                assert not by_marks.text[stop:last].strip(), file
+                compared += 1
+    assert compared > 80
 
 
 def test_calls_of_tools_are_learned_and_their_results_are_not(tokenizer):
