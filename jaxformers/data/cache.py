@@ -89,10 +89,10 @@ class TokenCache:
     @property
     def settings(self) -> str:
         """Equal where equal hashes and lengths of documents mean equal ids, and equal tokens to learn."""
-        # Of conversations the folder's name stands for template and mask; of texts the tokenizer decides all.
+        # A conversation's hash says nothing of the template and of what is learned: the checksums of both files do.
         if self.learned is None:
             return self.manifest.tokenizer
-        return f"{self.manifest.tokenizer} {self.directory.name}"
+        return " ".join([self.manifest.tokenizer, *(self.manifest.files[name][1] for name in (TOKENS, LEARNED))])
 
     def name_of(self, document: int) -> str:
         """`path:row` of the record that a conversation was in."""

@@ -206,8 +206,14 @@ def test_what_decides_the_mask_decides_the_cache(config, tokenizer):
     caches |= {open_cache(config(chat={"template": "zephyr"}), tokenizer).directory}
     assert len(caches) == 4
     assert open_cache(config(chat={"too_long": "keep_end"}), tokenizer).directory in caches
-    rows = [open_corpus(config(chat={"too_long": policy}), tokenizer).train for policy in ("drop", "keep_end")]
-    assert rows[0].fingerprint != rows[1].fingerprint
+    different = [{}, {"learn": "last"}, {"template": "zephyr"}, {"too_long": "keep_end"}]
+    assert len({open_corpus(config(chat=chat), tokenizer).train.fingerprint for chat in different}) == 4
+
+
+def test_a_copy_of_the_conversations_elsewhere_gives_the_same_rows(config, tokenizer, folder):
+    (folder / "copy.jsonl").write_bytes((folder / "chat.jsonl").read_bytes())
+    copied = open_corpus(config(paths=f"{folder}/copy.jsonl"), tokenizer).train
+    assert copied.fingerprint == open_corpus(config(), tokenizer).train.fingerprint
 
 
 # -- what is wrong
