@@ -274,6 +274,8 @@ def _build(
     manifest = _merge(partial, merged, job, tokenizer, files)
     if not manifest.documents:
         counted = f"{manifest.skipped} skipped, {manifest.empty} empty"
+        if config.chat.on and manifest.skipped:  # most often one fault of all of them, such as the template's
+            counted += f"; the first is {manifest.skipped_names[0]}"
         raise ValueError(f"no document in {', '.join(map(repr, config.paths))}: {counted}")
     shutil.rmtree(directory, ignore_errors=True)  # a damaged one
     os.replace(merged, directory)

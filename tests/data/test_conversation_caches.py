@@ -268,6 +268,11 @@ def test_what_the_template_refuses_is_named(config, tokenizer, folder):
     said = [{"role": "system", "content": "Be brief."}, *CONVERSATIONS[0]]
     (folder / "chat.jsonl").write_text("".join(json.dumps(record) + "\n" for record in (said, CONVERSATIONS[0])))
     report = open_corpus(config(), strict).report
+    broken = tokenizer.with_chat_template("{% for %}")
+    with pytest.raises(
+        ValueError, match="2 skipped, 0 empty; the first is .*1: the chat template is malformed: line 1"
+    ):
+        open_corpus(config(), broken)
     assert report.train_documents == 1
     assert report.skipped_names[0].endswith(
         "chat.jsonl:1: the chat template does not take this conversation: System role not supported"
