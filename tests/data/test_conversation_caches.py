@@ -270,7 +270,7 @@ def test_what_the_template_refuses_is_named(config, tokenizer, folder):
     report = open_corpus(config(), strict).report
     broken = tokenizer.with_chat_template("{% for %}")
     with pytest.raises(
-        ValueError, match="2 skipped, 0 empty; the first is .*1: the chat template is malformed: line 1"
+        ValueError, match=r"2 skipped, 0 empty; the first is .*1: the chat template is malformed: line 1"
     ):
         open_corpus(config(), broken)
     assert report.train_documents == 1
