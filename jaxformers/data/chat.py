@@ -10,11 +10,13 @@ This module knows nothing of tokens.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -37,6 +39,12 @@ _SHALLOW = frozenset("length count first last list map select reject selectattr 
 # Filters and methods that make a text, or a list, as wide as they are told to.
 _WIDE = frozenset("center ljust rjust zfill expandtabs indent tojson batch slice round".split())
 _WIDE_FORMAT = re.compile(r"%[^a-zA-Z%]*(\d{4}|\*)|\{[^}]*(:[^}]*\d{4}|\{)")
+
+
+_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# Around what is marked while marks are looked for: code points that Unicode keeps free for uses such as this one.
+_BEGIN, _END = "\ufdd0", "\ufdd1"
+_ENDS = re.compile(f"[{_BEGIN}{_END}]")
 
 
 class ChatTemplateError(ValueError):
@@ -80,6 +88,36 @@ def render_chat(
         raise ChatTemplateError(f"the chat template fails on this conversation ({fault})") from None
     finally:
         _BUDGET.reset(token)
+
+
+@dataclass(frozen=True)
+class MarkedText:
+    """A conversation as one text; `written` are the ranges of characters that `{% generation %}` marks, in order."""
+
+    text: str
+    written: tuple[tuple[int, int], ...]
+
+
+def has_marks(template: str) -> bool:
+    """Whether a template marks what the model writes."""
+    return _MARK.search(template) is not None
+
+
+def render_marked(template: str, messages: Sequence[Message], **options: Any) -> MarkedText:
+    """The conversation and what in it the model has written, as the marks of the template say; see `render_chat`.
+
+    ChatTemplateError, besides, for a template that works on a text after marking it, such as by trimming it.
+    """
+    text = render_chat(template, messages, **options)
+    token = _MARKING.set(True)
+    try:
+        pieces = _ENDS.split(render_chat(template, messages, **options))
+    finally:
+        _MARKING.reset(token)
+    if "".join(pieces) != text:
+        raise ChatTemplateError("the chat template changes what is between its generation marks after they are set")
+    ends = list(itertools.accumulate(map(len, pieces)))[:-1]
+    return MarkedText(text, tuple(zip(ends[::2], ends[1::2], strict=True)))
 
 
 def _bounded(pieces: Iterator[str]) -> Iterator[str]:
@@ -129,6 +167,7 @@ class _Budget:
 
 
 _BUDGET: ContextVar[_Budget | None] = ContextVar("budget", default=None)
+_MARKING: ContextVar[bool] = ContextVar("marking", default=False)
 
 
 def _too_much(why: str) -> ChatTemplateError:
@@ -176,7 +215,7 @@ class _Generation(Extension):
         return nodes.CallBlock(self.call_method("body"), [], [], body).set_lineno(line)
 
     def body(self, caller: Callable[[], str]) -> str:
-        return caller()
+        return f"{_BEGIN}{caller()}{_END}" if _MARKING.get() else caller()
 
 
 class _Bounds(NodeTransformer):

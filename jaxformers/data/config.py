@@ -4,10 +4,17 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 _OWN_SPECIAL_TOKENS = 3  # begin, end and padding: every tokenizer made here has them
 _BYTES = 256
+# Every field that some form of a conversation reads, by the name it usually has.
+CHAT_FIELDS = (
+    *("messages", "conversations", "tools", "system"),
+    *("instruction", "input", "output", "history"),
+    *("prompt", "completion", "text"),
+    *("role", "content", "from", "value"),
+)
 
 
 def _as_tuple(value: Any) -> Any:
@@ -85,6 +92,56 @@ class FimConfig(BaseModel):
         return self
 
 
+class ChatConfig(BaseModel):
+    """Conversations instead of texts: how records hold them, how they are written out, and what of them is learned."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal["none", "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = Field(
+        "none",
+        description="none: records are texts. Else what they are: messages (role, content, tool_calls, and tools "
+        "beside them), sharegpt (conversations of from, value), alpaca (instruction, input, output), prompt_completion "
+        "(texts or lists of messages), text (learned whole, without a template); auto: each record's fields say it.",
+    )
+    fields: dict[str, str] = Field(
+        {}, description="Other names of the records' fields, such as {prompt: question, completion: answer}."
+    )
+    roles: dict[str, Literal["system", "developer", "user", "assistant", "tool"]] = Field(
+        {}, description="What other names of roles stand for, such as {bot: assistant}."
+    )
+    template: str | None = Field(
+        None,
+        description="A file with a Jinja chat template, or a built-in one (chatml, zephyr, plain), in place of the "
+        "tokenizer's own; the run keeps it with its tokenizer.",
+    )
+    variables: dict[str, Any] = Field(
+        {}, description="What the template may read besides, such as {enable_thinking: false}."
+    )
+    learn: Literal["assistant", "last", "all"] = Field(
+        "assistant", description="The tokens with a loss: of all the assistant's turns, of its last one, or all tokens."
+    )
+    too_long: Literal["drop", "keep_start", "keep_end", "error"] = Field(
+        "drop",
+        description="Conversations longer than a row: leave out (counted and named), keep what fits of their start or "
+        "of their end (counted), or refuse. They are never continued in another row.",
+    )
+
+    @field_validator("fields")
+    @classmethod
+    def _known_fields(cls, value: dict[str, str]) -> dict[str, str]:
+        for name in value:
+            if name not in CHAT_FIELDS:
+                raise ValueError(
+                    f"names {name!r}, which no form of a conversation has; known: {', '.join(CHAT_FIELDS)}"
+                )
+        return value
+
+    @property
+    def on(self) -> bool:
+        """Whether records are conversations."""
+        return self.format != "none"
+
+
 class SourceConfig(BaseModel):
     """Which files to learn from and how to read documents out of them."""
 
@@ -134,6 +191,7 @@ class SourceConfig(BaseModel):
     )
     epochs: int | None = Field(None, gt=0, description="Passes over the source; null: as many as the run asks for.")
     fim: FimConfig = Field(FimConfig(), description="Fill-in-the-middle, of what is learned from only.")
+    chat: ChatConfig = Field(ChatConfig(), description="Conversations, rendered with the model's chat template.")
 
     @model_validator(mode="after")
     def _leave_something_to_learn_from(self) -> Self:
@@ -142,6 +200,18 @@ class SourceConfig(BaseModel):
                 f"validation_fraction {self.validation_fraction} and test_fraction {self.test_fraction} leave nothing "
                 "to learn from; their sum must be below 1"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _refuse_what_conversations_exclude(self) -> Self:
+        if self.chat.on and self.tokens_field is not None:
+            raise ValueError(f"tokens_field is {self.tokens_field!r}, but conversations (chat.format) are no ready ids")
+        if self.chat.on and self.fim.rate:
+            raise ValueError(
+                f"fim.rate is {self.fim.rate}, but conversations (chat.format) are not rearranged: set it to 0"
+            )
+        if self.chat.on and self.format in ("text", "megatron"):
+            raise ValueError(f"chat.format is {self.chat.format}, but files of format {self.format} hold no records")
         return self
 
     @model_validator(mode="after")
@@ -188,7 +258,7 @@ class DataConfig(SourceConfig):
     packing_window: int = Field(1024, gt=0, le=65536, description="Documents that are packed together.")
     attend_across_documents: bool = Field(False, description="Whether documents see those before them in their row.")
     reset_positions: bool = Field(True, description="Count positions from 0 in each document, or through the row.")
-    end_of_text_loss: bool = Field(True, description="Whether the end-of-text token is learned.")
+    end_of_text_loss: bool = Field(True, description="Whether the end-of-text token of texts is learned.")
     seed: int = Field(0, ge=0, lt=2**63, description="Decides the order of documents and rows, and nothing else.")
     shuffle: bool = Field(True, description="Shuffle documents, and rows anew every epoch; false keeps file order.")
     cache_dir: Path | None = Field(
@@ -212,6 +282,17 @@ class DataConfig(SourceConfig):
         for name, source in self.sources.items():
             if not source.paths:
                 raise ValueError(f"the required key sources.{name}.paths is missing")
+        return self
+
+    @model_validator(mode="after")
+    def _conversations_that_stay_whole(self) -> Self:
+        chats = [source.chat for source in (self.sources.values() or [self]) if source.chat.on]
+        if chats and self.packing == "concat":
+            raise ValueError("packing concat cuts documents anywhere, and conversations must stay whole: use first_fit")
+        if len({chat.template for chat in chats}) > 1:
+            raise ValueError("sources name different values of chat.template, but a model has one chat template")
+        if not chats and self.chat != ChatConfig():
+            raise ValueError("chat is set, but chat.format is none, so records are read as texts: set it to auto")
         return self
 
     @model_validator(mode="after")

@@ -13,21 +13,28 @@ import numpy as np
 
 from jaxformers.data.cache import Progress, TokenCache, cache_root, content_key, open_cache, writing_to
 from jaxformers.data.config import DataConfig, TokenizerConfig
+from jaxformers.data.conversations import said_in, wanted_fields
+from jaxformers.data.documents import fit_conversations
 from jaxformers.data.fim import make_fim
 from jaxformers.data.mixture import MixedRows
 from jaxformers.data.packing import permutation
+from jaxformers.data.records import Entry
 from jaxformers.data.rows import JoinedRows, PackedRows
 from jaxformers.data.shards import plan_shards
-from jaxformers.data.sources import Document, SourceFile, files_of, read
+from jaxformers.data.sources import SourceFile, files_of, read
 from jaxformers.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_tokenizer
+
+_NAMES_KEPT = 100
 
 
 @dataclass(frozen=True)
 class CorpusReport:
     """Counts of a corpus. Efficiency is the share of row positions that hold a token.
 
-    `skipped` counts records that are no text, of which `skipped_names` names the first hundred; `empty` counts texts of
-    nothing but white space, which are left out too. `bytes` is the documents' text as UTF-8.
+    `skipped` counts records that are no document, of which `skipped_names` names the first hundred; `empty` counts
+    texts of nothing but white space, which are left out too. `bytes` is the documents' text as UTF-8, `learned_tokens`
+    the targets among the training tokens. `conversations` counts all of them, `too_long` those longer than a row, which
+    were cut or left out as `chat.too_long` says; `too_long_names` names the first hundred.
     """
 
     files: int
@@ -44,6 +51,10 @@ class CorpusReport:
     train_efficiency: float
     validation_efficiency: float
     cache: Path
+    learned_tokens: int = 0
+    conversations: int = 0
+    too_long: int = 0
+    too_long_names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,12 +105,15 @@ def _open_source(config: DataConfig, tokenizer: Tokenizer, progress: Progress | 
     train = PackedRows(cache, sides.train, config, epochs=config.epochs, fim=fim)
     validation = PackedRows(cache, sides.validation, in_order, epochs=1)
     test = PackedRows(cache, sides.test, in_order, epochs=1)
+    if not train.documents:
+        said = f"every conversation is longer than a row of {config.sequence_length} tokens"
+        raise ValueError(f"{said}: raise data.sequence_length, or set data.chat.too_long to keep_start or keep_end")
     measured = sides.validation if len(sides.validation) else sides.train
     return Corpus(
         train=train,
         validation=validation,
         test=test,
-        report=_report(cache, sides, train, validation),
+        report=_report(cache, sides, train, validation, test),
         bytes_per_token=float(cache.sizes[measured].sum() / cache.lengths[measured].sum()),
     )
 
@@ -138,6 +152,7 @@ def _sum_of(reports: Sequence[CorpusReport], train_efficiency: float, validation
     return CorpusReport(
         **{name: sum(getattr(report, name) for report in reports) for name in counted},
         skipped_names=tuple(name for report in reports for name in report.skipped_names),
+        too_long_names=tuple(name for report in reports for name in report.too_long_names),
         train_efficiency=train_efficiency,
         validation_efficiency=validation_efficiency,
         cache=reports[0].cache.parent,
@@ -178,14 +193,22 @@ def split(hashes: np.ndarray, fraction: float) -> np.ndarray:
     return held_out
 
 
-def _report(cache: TokenCache, sides: Sides, train: PackedRows, validation: PackedRows) -> CorpusReport:
+def _report(
+    cache: TokenCache, sides: Sides, train: PackedRows, validation: PackedRows, test: PackedRows
+) -> CorpusReport:
     manifest = cache.manifest
-    tokens = {side: int(cache.lengths[getattr(sides, side)].sum()) for side in ("train", "validation", "test")}
+    long = np.empty(0, np.int64)
+    if cache.learned is None:
+        tokens = {side: int(cache.lengths[getattr(sides, side)].sum()) for side in ("train", "validation", "test")}
+    else:
+        tokens = {"train": train.tokens, "validation": validation.tokens, "test": test.tokens}
+        every = np.arange(len(cache.lengths))
+        long = fit_conversations(cache, every, row=train.sequence_length, too_long="drop").too_long
     return CorpusReport(
         files=manifest.source_files,
-        train_documents=len(sides.train),
-        validation_documents=len(sides.validation),
-        test_documents=len(sides.test),
+        train_documents=train.documents,
+        validation_documents=validation.documents,
+        test_documents=test.documents,
         train_tokens=tokens["train"],
         validation_tokens=tokens["validation"],
         test_tokens=tokens["test"],
@@ -196,6 +219,10 @@ def _report(cache: TokenCache, sides: Sides, train: PackedRows, validation: Pack
         train_efficiency=train.efficiency,
         validation_efficiency=validation.efficiency,
         cache=cache.directory,
+        learned_tokens=train.learned,
+        conversations=0 if cache.origins is None else int(cache.origins["turns"].any(axis=1).sum()),
+        too_long=len(long),
+        too_long_names=tuple(map(cache.name_of, long[:_NAMES_KEPT].tolist())),
     )
 
 
@@ -215,7 +242,9 @@ def build_tokenizer(config: TokenizerConfig, data: DataConfig) -> Tokenizer:
     if any(own.tokens_field is not None for own, _ in corpora):
         raise ValueError("data.tokens_field names ready ids: set tokenizer.kind to file, and path to what made them")
     every = [file for _, files in corpora for file in files]
-    key = content_key(every, *(own.text_field for own, _ in corpora), config.model_dump(mode="json"))
+    chats = [own.chat.model_dump(mode="json", include={"format", "fields"}) for own, _ in corpora if own.chat.on]
+    fields = (own.text_field for own, _ in corpora)
+    key = content_key(every, *fields, *chats, config.model_dump(mode="json"))
     directory = cache_root(data.cache_dir) / "tokenizers" / key
     if not directory.is_dir():
         with writing_to(directory.parent):
@@ -248,11 +277,13 @@ def _sample(corpora: Sequence[tuple[DataConfig, Sequence[SourceFile]]], max_byte
     left = max_bytes
     for number in permutation(len(pieces)):
         own, piece = pieces[number]
-        for record in read(piece, text_field=own.text_field):
-            if not isinstance(record, Document) or not record.text.strip():
+        entries = wanted_fields(own.chat) if own.chat.on else ()
+        for record in read(piece, text_field=own.text_field, entries=entries):
+            text = said_in(record.value, own.chat) if isinstance(record, Entry) else getattr(record, "text", "")
+            if not text.strip():
                 continue
-            yield record.text
-            left -= len(record.text.encode())
+            yield text
+            left -= len(text.encode())
             if left <= 0:
                 return
     if left == max_bytes:

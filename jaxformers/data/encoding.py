@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxformers.data.records import BadRecord, Document, Fields, Piece, Tokens
+from jaxformers.data.config import ChatConfig
+from jaxformers.data.dialogues import Dialogue, dialogue_reader, encode_dialogues
+from jaxformers.data.records import BadRecord, Document, Entry, Fields, Piece, Tokens
 from jaxformers.data.sources import read
 from jaxformers.data.tokenizer import Tokenizer
 
@@ -23,18 +25,28 @@ _BATCH_CHARACTERS = 1 << 18  # encoded in one call: large enough to hide the cal
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """Documents as ids [tokens], end to end, each ended by the end-of-text id; and `DOCUMENT` rows [documents]."""
+    """Documents as ids [tokens], end to end, each ended by the end-of-text id or as its chat template has it; and
+    `DOCUMENT` rows [documents]. `learned`, uint8 [tokens], is 1 where a token is to be learned."""
 
     ids: np.ndarray
     facts: np.ndarray
+    learned: np.ndarray
 
 
 def good_documents(
-    pieces: Iterable[Piece], fields: Fields, tokenizer: Tokenizer, bad: list[BadRecord]
-) -> Iterator[Document | Tokens]:
+    pieces: Iterable[Piece],
+    fields: Fields,
+    tokenizer: Tokenizer,
+    bad: list[BadRecord],
+    chat: ChatConfig | None = None,
+) -> Iterator[Document | Tokens | Dialogue]:
     """The documents of the pieces in order; what is none, or has ids that the tokenizer lacks, goes to `bad`."""
+    dialogue = None if chat is None else dialogue_reader(chat, tokenizer)
     for piece in pieces:
-        for record in read(piece, text_field=fields.text, tokens_field=fields.tokens):
+        for record in read(piece, text_field=fields.text, tokens_field=fields.tokens, entries=fields.entries):
+            if isinstance(record, Entry):
+                assert dialogue is not None
+                record = dialogue(piece.path, record)
             if isinstance(record, Tokens):
                 record = _in_vocabulary(record, piece.path, tokenizer)
             if isinstance(record, BadRecord):
@@ -51,18 +63,18 @@ def _in_vocabulary(record: Tokens, path: str, tokenizer: Tokenizer) -> Tokens | 
     return BadRecord(path, record.offset, reason, record.unit)
 
 
-def is_empty(document: Document | Tokens) -> bool:
+def is_empty(document: Document | Tokens | Dialogue) -> bool:
     """Whether there is nothing to learn: white space, or no ids."""
-    return not (document.text.strip() if isinstance(document, Document) else len(document.ids))
+    return not (len(document.ids) if isinstance(document, Tokens) else document.text.strip())
 
 
-def batches(documents: Iterable[Document | Tokens]) -> Iterator[list[Document | Tokens]]:
+def batches(documents: Iterable[Document | Tokens | Dialogue]) -> Iterator[list[Document | Tokens | Dialogue]]:
     """Some documents at a time, by their size."""
-    batch: list[Document | Tokens] = []
+    batch: list[Document | Tokens | Dialogue] = []
     size = 0
     for document in documents:
         batch.append(document)
-        size += len(document.text if isinstance(document, Document) else document.ids)
+        size += len(document.ids if isinstance(document, Tokens) else document.text)
         if size >= _BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0
@@ -71,9 +83,10 @@ def batches(documents: Iterable[Document | Tokens]) -> Iterator[list[Document | 
 
 
 def encode(
-    documents: Sequence[Document | Tokens], tokenizer: Tokenizer, *, parse_special_tokens: bool, dtype: str
+    documents: Sequence[Document | Tokens | Dialogue], tokenizer: Tokenizer, *, parse_special_tokens: bool, dtype: str
 ) -> Encoded:
-    """A batch as ids of a dtype: a text begins and ends as the tokenizer has it, ready ids stay as they are."""
+    """A batch as ids of a dtype: a text begins and ends as the tokenizer has it, a conversation as its template has it,
+    ready ids stay as they are."""
     texts = [document.text for document in documents if isinstance(document, Document)]
     encoded = tokenizer.encode_batch(texts, parse_special_tokens=parse_special_tokens)
     for ids in encoded:
@@ -83,12 +96,21 @@ def encode(
         lengths = list(map(len, encoded))
         # One pass over Python's integers; an array for each text and then one of all would be three.
         flat = np.fromiter(itertools.chain.from_iterable(encoded), dtype, sum(lengths))
-    else:
-        of_texts = iter(encoded)
-        parts = [next(of_texts) if isinstance(each, Document) else _ended(each.ids, tokenizer) for each in documents]
-        lengths = list(map(len, parts))
-        flat = np.concatenate([np.asarray(part, dtype) for part in parts])
-    return Encoded(flat, _facts(documents, flat, lengths, tokenizer))
+        return Encoded(flat, _facts(documents, flat, lengths, tokenizer), np.ones(len(flat), np.uint8))
+    of_texts = iter(encoded)
+    of_dialogues = iter(encode_dialogues([each for each in documents if isinstance(each, Dialogue)], tokenizer))
+    parts, learned = [], []
+    for each in documents:
+        if isinstance(each, Dialogue):
+            ids, mask = next(of_dialogues)
+        else:
+            ids = next(of_texts) if isinstance(each, Document) else _ended(each.ids, tokenizer)
+            mask = np.ones(len(ids), bool)
+        parts.append(np.asarray(ids, dtype))
+        learned.append(mask)
+    flat = np.concatenate(parts)
+    facts = _facts(documents, flat, list(map(len, parts)), tokenizer)
+    return Encoded(flat, facts, np.concatenate(learned).astype(np.uint8))
 
 
 def _ended(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
@@ -96,11 +118,14 @@ def _ended(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
 
 
 def _facts(
-    documents: Sequence[Document | Tokens], flat: np.ndarray, lengths: Sequence[int], tokenizer: Tokenizer
+    documents: Sequence[Document | Tokens | Dialogue], flat: np.ndarray, lengths: Sequence[int], tokenizer: Tokenizer
 ) -> np.ndarray:
     facts = np.empty(len(documents), DOCUMENT)
     stops = itertools.accumulate(lengths)
     for row, (document, length, stop) in enumerate(zip(documents, lengths, stops, strict=True)):
+        if isinstance(document, Dialogue):
+            facts[row] = (length, document.hash, len(document.text.encode()))
+            continue
         if isinstance(document, Document):
             raw = document.text.encode()
             size = len(raw)

@@ -84,6 +84,8 @@ class FimDocuments:
         self.lengths = documents.lengths + _SENTINELS * self._chosen
         self.hashes = documents.hashes
         self.settings = repr((documents.settings, fim))
+        assert documents.learns_all, "conversations are not rearranged"
+        self.learns_all = True
 
     def read(self, document: np.ndarray, start: np.ndarray, length: np.ndarray) -> np.ndarray:
         """int32: tokens [start, start + length) of each document as it is read here, side by side."""
@@ -101,6 +103,10 @@ class FimDocuments:
         for run, sentinel in ((1, self._fim.prefix), (3, self._fim.suffix), (5, self._fim.middle)):
             ids[column[taken[:, run] > 0, run]] = sentinel
         return ids
+
+    def learned(self, document: np.ndarray, start: np.ndarray, length: np.ndarray) -> np.ndarray:
+        """uint8: 1 for each of those tokens."""
+        return np.ones(int(length.sum()), np.uint8)
 
     def _runs(self, document: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """int64 [pieces, runs], twice: where each run of a document begins in the document as it was, and its length.

@@ -6,7 +6,7 @@ Knows no format: how a piece is found and read is the business of `formats`.
 import hashlib
 import itertools
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -46,10 +46,14 @@ class Piece:
 
 @dataclass(frozen=True)
 class Fields:
-    """Where a record keeps its document: as text or, if `tokens` is given, as ids that are ready."""
+    """Where a record keeps its document: as text or, if `tokens` is given, as ids that are ready.
+
+    `entries`, where there are any, are the fields that are wanted instead, side by side, as an `Entry`.
+    """
 
     text: str = "text"
     tokens: str | None = None
+    entries: tuple[str, ...] = ()
 
     @property
     def wanted(self) -> str:
@@ -73,6 +77,15 @@ class Tokens:
     unit: Unit = "row"
 
 
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """One whole record, which is not yet known to hold a conversation: its fields by name, or a list of messages."""
+
+    value: Any
+    offset: int
+    unit: Unit = "row"
+
+
 @dataclass(frozen=True)
 class BadRecord:
     """Something that should have been a document: where it begins, and what is wrong with it.
@@ -87,7 +100,7 @@ class BadRecord:
     unit: Unit = "byte"
 
 
-Record = Document | Tokens | BadRecord
+Record = Document | Tokens | Entry | BadRecord
 
 
 def stamp(*facts: object) -> int:

@@ -26,7 +26,7 @@ class Row(TypedDict):
     tokens: int32; 0 where there is padding.
     targets: int32; the token that follows in the same document, 0 where there is none.
     weights: float32; 1 where there is a target, 0 at a document's last token and at padding (and, by config, where the
-        target would be the end-of-text token).
+        target would be the end-of-text token), and where the target is not to be learned, as a user's turn.
     positions: int32; counts from 0 in every piece of a document or, by config, through the row; 0 at padding.
     segment_ids: int32; 1, 2, ... for the pieces of a row from left to right or, by config, 1 for all; 0 at padding.
     """
@@ -85,7 +85,7 @@ class PackedRows:
     ):
         """Rows of `documents` (int64, indices into the cache), some of them rearranged as `fim` says; `epochs` None
         repeats them without end."""
-        cached = CachedDocuments(cache, documents)
+        cached = CachedDocuments(cache, documents, row=config.sequence_length, too_long=config.chat.too_long)
         self._documents: Documents = cached if fim is None else FimDocuments(cached, fim)
         self._config = config
         self._plan = PackingPlan(
@@ -109,6 +109,16 @@ class PackedRows:
     def tokens(self) -> int:
         """How many tokens an epoch has."""
         return int(self._documents.lengths.sum())
+
+    @property
+    def learned(self) -> int:
+        """How many tokens of an epoch are targets with a weight."""
+        lengths = self._documents.lengths
+        if self._documents.learns_all:
+            return int(np.maximum(lengths - (1 if self._config.end_of_text_loss else 2), 0).sum())
+        targets = lengths - 1
+        every = np.arange(len(lengths))
+        return int(self._documents.learned(every, np.ones_like(lengths), targets).sum())
 
     @property
     def rows_per_epoch(self) -> int:
@@ -168,23 +178,30 @@ class PackedRows:
         read = length + (start + length < ends)
         ids = self._documents.read(document, start, read)
         learned = read - 1
-        if not self._config.end_of_text_loss:
+        mask = None
+        if not self._documents.learns_all:
+            mask = self._documents.learned(document, start, read)
+        elif not self._config.end_of_text_loss:
             learned = np.clip(ends - 2 - start, 0, learned)
         cuts = iter(zip(length.tolist(), read.tolist(), learned.tolist(), strict=True))
         first = 0
         for place, pieces in zip(places, found, strict=True):
             row = Row(**{name: values[place] for name, values in batch.items()})
-            first = self._fill(row, itertools.islice(cuts, len(pieces.length)), ids, first)
+            first = self._fill(row, itertools.islice(cuts, len(pieces.length)), ids, first, mask)
 
-    def _fill(self, row: Row, cuts: Iterable[tuple[int, int, int]], ids: np.ndarray, first: int) -> int:
+    def _fill(
+        self, row: Row, cuts: Iterable[tuple[int, int, int]], ids: np.ndarray, first: int, mask: np.ndarray | None
+    ) -> int:
         """Writes a row [T] from pieces of (tokens, ids, targets) that lie in `ids` from `first` on, and says where the
-        next row's begin. Copying slices beats computing where each token goes, but for pieces of a few tokens."""
+        next row's begin. Copying slices beats computing where each token goes, but for pieces of a few tokens. `mask`
+        lies beside the ids, 1 for those to learn; None: all."""
         left = 0
         for segment, (length, read, learned) in enumerate(cuts, start=1):
             end = left + length
             row["tokens"][left:end] = ids[first : first + length]
             row["targets"][left : left + learned] = ids[first + 1 : first + 1 + learned]
-            row["weights"][left : left + learned] = 1
+            weights = 1 if mask is None else mask[first + 1 : first + 1 + learned]
+            row["weights"][left : left + learned] = weights
             row["segment_ids"][left:end] = 1 if self._config.attend_across_documents else segment
             if self._config.reset_positions:
                 row["positions"][left:end] = self._columns[:length]

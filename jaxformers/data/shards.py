@@ -1,10 +1,12 @@
 """Tokenizing a corpus in shards: each one a pure function of some pieces of files, written once and found again.
 
-A shard is three files: its token ids, a row of facts per document, and a small JSON with their checksums, written last.
+A shard is three files: its token ids, a row of facts per document, and a small JSON with their checksums, written last;
+of conversations two more: which tokens to learn, and the origins of the documents.
 Whoever builds it gets the same bytes, so a killed build goes on where it stopped, with any number of processes. Knows
 nothing of the processes that build shards, nor of what becomes of them.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -14,12 +16,16 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxformers.data.config import ChatConfig
+from jaxformers.data.conversations import wanted_fields
+from jaxformers.data.dialogues import origins_of
 from jaxformers.data.encoding import batches, encode, good_documents, is_empty
 from jaxformers.data.records import Fields
 from jaxformers.data.sources import BadRecord, Piece, SourceFile, cut
 from jaxformers.data.tokenizer import Tokenizer
 
 _LEAST_BYTES, _MOST_BYTES, _SHARDS = 1 << 20, 1 << 28, 256  # of text in a shard; how many shards where that allows
+LEARNED, ORIGINS = CHAT_SUFFIXES = ("learned", "origins")
 _NAMES_KEPT = 100  # bad records that are named rather than only counted
 
 
@@ -32,26 +38,41 @@ class Job:
     parse_special_tokens: bool
     token_dtype: str
     tokens_field: str | None = None
+    chat: ChatConfig | None = None
+
+    @property
+    def fields(self) -> Fields:
+        entries = () if self.chat is None else wanted_fields(self.chat)
+        return Fields(self.text_field, self.tokens_field, entries)
+
+    @functools.cached_property
+    def file_numbers(self) -> dict[str, int]:
+        """The files of the job in order."""
+        return {path: n for n, path in enumerate(dict.fromkeys(p.path for shard in self.shards for p in shard))}
 
     def save(self, directory: Path) -> None:
-        write_atomically(directory / "job.json", json.dumps(asdict(self)).encode())
+        chat = None if self.chat is None else self.chat.model_dump(mode="json")
+        write_atomically(directory / "job.json", json.dumps({**asdict(self), "chat": chat}).encode())
 
     @staticmethod
     def load(directory: Path) -> "Job":
         values = json.loads((directory / "job.json").read_bytes())
         shards = tuple(tuple(Piece(**piece) for piece in shard) for shard in values.pop("shards"))
-        return Job(shards=shards, **values)
+        chat = values.pop("chat")
+        return Job(shards=shards, chat=None if chat is None else ChatConfig(**chat), **values)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """What a finished shard holds, and the checksums by which it is recognized after a kill."""
+    """What a finished shard holds, and the checksums by which it is recognized after a kill; `more_sha256` is of the
+    files that only conversations have, by their suffix."""
 
     tokens_sha256: str
     documents_sha256: str
     empty: int
     bad: int
     named: tuple[BadRecord, ...]
+    more_sha256: dict[str, str]
 
 
 def plan_shards(files: Sequence[SourceFile]) -> tuple[tuple[Piece, ...], ...]:
@@ -82,12 +103,12 @@ def write_shard(
     """
     digest = hashlib.sha256()
     documents: list[np.ndarray] = []
+    more: dict[str, list[bytes]] = {} if job.chat is None else {suffix: [] for suffix in CHAT_SUFFIXES}
     bad: list[BadRecord] = []
     empty = 0
     temporary = directory / f"{index:06d}.{os.getpid()}.tmp"
     with open(temporary, "wb") as out:
-        fields = Fields(job.text_field, job.tokens_field)
-        for batch in batches(good_documents(job.shards[index], fields, tokenizer, bad)):
+        for batch in batches(good_documents(job.shards[index], job.fields, tokenizer, bad, job.chat)):
             kept = [document for document in batch if not is_empty(document)]
             empty += len(batch) - len(kept)
             made = encode(kept, tokenizer, parse_special_tokens=job.parse_special_tokens, dtype=job.token_dtype)
@@ -95,12 +116,19 @@ def write_shard(
             content = made.ids.tobytes()
             out.write(content)
             digest.update(content)
+            if more:
+                more[LEARNED].append(made.learned.tobytes())
+                more[ORIGINS].append(origins_of(kept, job.file_numbers).tobytes())
             if advanced is not None:
                 advanced(int(made.facts["bytes"].sum()), len(made.ids))
     os.replace(temporary, tokens_file(directory, index))
     rows = b"".join(batch.tobytes() for batch in documents)
     write_atomically(documents_file(directory, index), rows, sync=False)
-    shard = Shard(digest.hexdigest(), hashlib.sha256(rows).hexdigest(), empty, len(bad), tuple(bad[:_NAMES_KEPT]))
+    joined = {suffix: b"".join(parts) for suffix, parts in more.items()}
+    for suffix, content in joined.items():
+        write_atomically(chat_file(directory, index, suffix), content, sync=False)
+    sums = {suffix: hashlib.sha256(content).hexdigest() for suffix, content in joined.items()}
+    shard = Shard(digest.hexdigest(), hashlib.sha256(rows).hexdigest(), empty, len(bad), tuple(bad[:_NAMES_KEPT]), sums)
     write_atomically(_facts_file(directory, index), json.dumps(asdict(shard)).encode(), sync=False)
 
 
@@ -111,6 +139,7 @@ def read_shard(directory: Path, index: int) -> Shard | None:
         whole = (
             sha256_of(tokens_file(directory, index)) == shard.tokens_sha256
             and sha256_of(documents_file(directory, index)) == shard.documents_sha256
+            and all(sha256_of(chat_file(directory, index, end)) == sum for end, sum in shard.more_sha256.items())
         )
     except (FileNotFoundError, ValueError, TypeError, KeyError):
         return None
@@ -129,6 +158,11 @@ def tokens_file(directory: Path, index: int) -> Path:
 
 def documents_file(directory: Path, index: int) -> Path:
     return directory / f"{index:06d}.documents"
+
+
+def chat_file(directory: Path, index: int, suffix: str) -> Path:
+    """One of the files that only shards of conversations have; `suffix` is of CHAT_SUFFIXES."""
+    return directory / f"{index:06d}.{suffix}"
 
 
 def _facts_file(directory: Path, index: int) -> Path:

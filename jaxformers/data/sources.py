@@ -104,14 +104,17 @@ def cut(file: SourceFile, size: int) -> list[Piece]:
         raise cannot_be_read(file.path, error) from error
 
 
-def read(piece: Piece, *, text_field: str = "text", tokens_field: str | None = None) -> Iterator[Record]:
-    """The documents of a piece in order, each a text or ready ids, and what could not be one.
+def read(
+    piece: Piece, *, text_field: str = "text", tokens_field: str | None = None, entries: Sequence[str] = ()
+) -> Iterator[Record]:
+    """The documents of a piece in order, each a text or ready ids, and what could not be one; with `entries`, which
+    names fields, whole records with at least those of the fields that there are.
 
     Raises:
         ValueError: the file cannot be opened, is not of its format or is damaged as a whole; a table without the field.
     """
     try:
-        yield from FORMATS[piece.format].read(piece, Fields(text_field, tokens_field))
+        yield from FORMATS[piece.format].read(piece, Fields(text_field, tokens_field, tuple(entries)))
     except OSError as error:
         raise cannot_be_read(piece.path, error) from error
 

@@ -39,6 +39,7 @@ class Tokenizer:
     Attributes:
         bos_id, eos_id, pad_id, unk_id: ids of the tokens that begin, end, pad a text or stand for the unknown, or None.
         stop_ids: every id that ends a generated text: `eos_id` and those the model's generation settings add.
+        named_tokens: how the tokens that begin, end or pad a text, and others with a name, are spelled, by name.
         chat_templates: Jinja templates that render a conversation, by name; most models have a "default" or none.
         vocab_size: the largest id + 1, which is what a model's embedding must cover.
         fingerprint: a hash of everything that decides ids; equal for tokenizers that encode alike.
@@ -68,12 +69,31 @@ class Tokenizer:
         own_stop = () if self.eos_id is None else (self.eos_id,)
         self.stop_ids = tuple(dict.fromkeys((*own_stop, *stop_ids)))
         self.chat_templates = _chat_templates(self._files, config)
-        self._named_tokens = tokens
+        self.named_tokens = tokens
 
     @property
     def chat_template(self) -> str | None:
         """The template for a conversation without tools, or None."""
         return self.chat_templates.get("default")
+
+    def chat_template_for(self, *, tools: bool) -> str:
+        """The template for a conversation with or without tools. ValueError where there is none."""
+        name = "tool_use" if tools and "tool_use" in self.chat_templates else "default"
+        if name not in self.chat_templates:
+            named = f" named default, only {', '.join(sorted(self.chat_templates))}" if self.chat_templates else ""
+            raise ValueError(f"this model has no chat template{named}, so it does not say how a conversation reads")
+        return self.chat_templates[name]
+
+    def with_chat_template(self, template: str) -> "Tokenizer":
+        """This tokenizer with that template in place of its own ones."""
+        if self.chat_templates == {"default": template}:
+            return self
+        kept = {name: content for name, content in self._files.items() if not name.startswith(_MORE_TEMPLATES)}
+        config = _read_json(kept, "tokenizer_config.json", "tokenizer")
+        if config.pop("chat_template", None) is not None:
+            kept["tokenizer_config.json"] = _json_bytes(config)
+        kept["chat_template.jinja"] = template.encode()
+        return Tokenizer(kept, origin="tokenizer", stop_ids=self.stop_ids)
 
     def render_chat(
         self,
@@ -92,12 +112,8 @@ class Tokenizer:
         from jaxformers.data.chat import render_chat  # brings jinja, which most runs do not need
 
         if template is None:
-            name = "tool_use" if tools is not None and "tool_use" in self.chat_templates else "default"
-            template = self.chat_templates.get(name)
-        if template is None:
-            named = f" named default, only {', '.join(sorted(self.chat_templates))}" if self.chat_templates else ""
-            raise ValueError(f"this model has no chat template{named}, so it does not say how a conversation reads")
-        values = {**self._named_tokens, **variables}
+            template = self.chat_template_for(tools=tools is not None)
+        values = {**self.named_tokens, **variables}
         return render_chat(template, messages, tools=tools, add_generation_prompt=add_generation_prompt, **values)
 
     def token_id(self, token: str) -> int | None:
@@ -137,6 +153,12 @@ class Tokenizer:
         """The ids of many texts. With `parse_special_tokens` off, "<|eos|>" in a text is seven characters, no token."""
         text = self._text if parse_special_tokens else self._plain
         return [encoding.ids for encoding in text.encode_batch_fast(texts, add_special_tokens=add_special_tokens)]
+
+    def encode_with_places(self, texts: Sequence[str]) -> list[tuple[list[int], np.ndarray]]:
+        """Ids of many texts that have their special tokens in them, and int64 [tokens, 2]: the characters
+        [start, stop) that each token stands for; the tokens of one character, or of its spaces, may share them."""
+        found = self._text.encode_batch(texts, add_special_tokens=False)
+        return [(each.ids, np.array(each.offsets, np.int64).reshape(-1, 2)) for each in found]
 
     @functools.cached_property
     def _plain(self) -> tokenizers.Tokenizer:

@@ -97,6 +97,8 @@ def _into_export(
     progress: Progress | None,
     verify: bool,
 ) -> tuple[Path, ExportManifest, bool]:
+    if config.chat.on:
+        raise ValueError(f"--to {to} cannot say which tokens of conversations are learned: use --to cache")
     files = files_of(config)
     origin = Origin(locate_cache(config, tokenizer, files).name, tokenizer.fingerprint, files)
     there = find_export(output, to, origin, thorough=verify)

@@ -207,3 +207,34 @@ def test_a_damaged_cache_is_named(config, bytes_tokenizer):
     (directory / "sources.jsonl").write_text("")
     with pytest.raises(ValueError, match=r"is damaged \(sources.jsonl has 0 bytes, not \d+\)"):
         corpus_inspection.inspect_cache(directory, config)
+
+
+CONVERSATIONS = [
+    [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Ho."}],
+    [
+        {"role": "system", "content": "Be."},
+        {"role": "user", "content": "Why?"},
+        {"role": "assistant", "content": "So."},
+    ],
+    [{"role": "user", "content": "long " * 30}, {"role": "assistant", "content": "No."}],
+]
+
+
+def test_of_conversations_it_shows_what_is_trained_on_and_counts_it(run, config_file, tmp_path):
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(said) + "\n" for said in CONVERSATIONS))
+    chat = {"format": "auto", "template": "zephyr"}
+    data = {"paths": f"{tmp_path}/chat.jsonl", "chat": chat, "sequence_length": 90, "packing": "none"}
+    path = config_file(**data, shuffle=False, validation_fraction=0.0)
+    assert run("data", "tokenize", path).code == 0
+    shown = run("data", "inspect", path, "--rows", 1).out
+    assert "[1|{<|user|>\nHi?<|eos|>\n<|assistant|>\n}Ho.<|eos|>{\n}" in shown
+    assert "8 of the 83 tokens of these rows, 9.6%" in " ".join(shown.split())
+    assert "system: 1, user: 3, assistant: 3" in shown
+    assert f"longer than a row: {tmp_path}/chat.jsonl:3" in shown
+    (source,) = json.loads(run("data", "inspect", path, "--json").out)["sources"]
+    assert (source["learned"], source["conversations"], source["too_long"]) == (8, 3, 1)
+    assert source["turns"] == {"system": 1, "developer": 0, "user": 3, "assistant": 3, "tool": 0}
+    alone = run("data", "inspect", source["directory"], "data.sequence_length=90", "--json").out
+    assert json.loads(alone)["sources"][0]["learned"] == 8
+    refused = run("data", "tokenize", path, "--to", "megatron", "--output", tmp_path / "out").mistake
+    assert refused == "--to megatron cannot say which tokens of conversations are learned: use --to cache"

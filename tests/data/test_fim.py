@@ -24,6 +24,8 @@ def cache_of(documents: list[list[int]], *, seed: int = 0) -> SimpleNamespace:
         lengths=lengths,
         hashes=np.random.default_rng(seed).integers(0, 2**64, len(lengths), np.uint64, endpoint=False),
         manifest=SimpleNamespace(tokenizer="tests"),
+        settings="tests",
+        learned=None,
     )
 
 

@@ -4,6 +4,7 @@ A file does not say what its records are. They are read as UTF-8 text, or, where
 (uint16, uint32, int32 or int64), as a document's ids of that type, little-endian, one after the other.
 """
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,17 @@ from contextlib import contextmanager
 import numpy as np
 
 from jaxformers.data.files import is_remote, needs_extra, one_line
-from jaxformers.data.records import BadRecord, Fields, Piece, Record, SourceFile, Tokens, even_pieces, text_record
+from jaxformers.data.records import (
+    BadRecord,
+    Entry,
+    Fields,
+    Piece,
+    Record,
+    SourceFile,
+    Tokens,
+    even_pieces,
+    text_record,
+)
 
 ID_TYPES = ("uint16", "uint32", "int32", "int64")
 _AT_ONCE = 256  # records
@@ -37,10 +48,19 @@ def read(piece: Piece, fields: Fields) -> Iterator[Record]:
         for start in range(piece.start, stop, _AT_ONCE):
             records = _read(piece.path, reader, start, min(start + _AT_ONCE, stop))
             for number, content in enumerate(records, start):
-                if dtype is None:
+                if fields.entries:
+                    yield _entry(piece.path, number, content)
+                elif dtype is None:
                     yield text_record(content, piece.path, number, field="a record")
                 else:
                     yield _ids(piece.path, number, content, dtype)
+
+
+def _entry(path: str, number: int, content: bytes) -> Entry | BadRecord:
+    try:
+        return Entry(json.loads(content), number)
+    except (ValueError, RecursionError):
+        return BadRecord(path, number, "not JSON", "row")
 
 
 def _dtype(path: str, fields: Fields) -> np.dtype | None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from jaxformers.data.files import is_remote, open_binary
-from jaxformers.data.formats.columns import check_column, column_records, damage_named, import_pyarrow
+from jaxformers.data.formats.columns import batch_records, damage_named, import_pyarrow, wanted_columns
 from jaxformers.data.records import Fields, Piece, Record, SourceFile, even_pieces
 
 if TYPE_CHECKING:
@@ -33,9 +33,9 @@ def read(piece: Piece, fields: Fields) -> Iterator[Record]:
     row = _first_rows(piece.path, os.stat(piece.path).st_mtime_ns)[piece.start] if piece.start else 0
     with damage_named(piece.path, "Arrow"), _open(piece.path) as source:
         schema = _schema(source)
-        check_column(piece.path, schema, fields)
-        for batch in _batches(source, schema.get_field_index(fields.wanted), piece.start, piece.stop):
-            yield from column_records(piece.path, batch.column(fields.wanted), row, fields)
+        columns = [schema.get_field_index(name) for name in wanted_columns(piece.path, schema, fields)]
+        for batch in _batches(source, columns, piece.start, piece.stop):
+            yield from batch_records(piece.path, batch, row, fields)
             row += batch.num_rows
 
 
@@ -43,7 +43,7 @@ def read(piece: Piece, fields: Fields) -> Iterator[Record]:
 def _first_rows(path: str, modified: int) -> tuple[int, ...]:
     """The number of the first row of each batch. Counted once a process: compressed batches open slowly."""
     with damage_named(path, "Arrow"), _open(path) as source:
-        rows = [batch.num_rows for batch in _batches(source, 0)]
+        rows = [batch.num_rows for batch in _batches(source, [0])]
     return tuple(itertools.accumulate(rows, initial=0))[:-1]
 
 
@@ -64,12 +64,12 @@ def _schema(source: "pyarrow.NativeFile") -> "pyarrow.Schema":
 
 
 def _batches(
-    source: "pyarrow.NativeFile", column: int, start: int = 0, stop: int | None = None
+    source: "pyarrow.NativeFile", columns: list[int], start: int = 0, stop: int | None = None
 ) -> "Iterator[pyarrow.RecordBatch]":
-    """Record batches [start, stop) in order, with one column alone."""
+    """Record batches [start, stop) in order, with some columns alone."""
     from pyarrow import ipc
 
-    with _reader(source, ipc.IpcReadOptions(included_fields=[column])) as reader:
+    with _reader(source, ipc.IpcReadOptions(included_fields=columns)) as reader:
         if isinstance(reader, ipc.RecordBatchFileReader):
             for number in range(start, reader.num_record_batches if stop is None else stop):
                 yield reader.get_batch(number)

@@ -21,6 +21,7 @@ import numpy as np
 from jaxformers.data.files import one_line
 from jaxformers.data.records import (
     BadRecord,
+    Entry,
     Fields,
     Piece,
     Record,
@@ -83,6 +84,8 @@ def _numbered(piece: Piece) -> Iterator[tuple[int, Any]]:
 
 
 def _record(path: str, number: int, item: Any, fields: Fields) -> Record:
+    if fields.entries:
+        return Entry(item, number)
     if isinstance(item, Mapping):
         if fields.wanted not in item:
             return BadRecord(path, number, f"no field {fields.wanted!r}", "row")

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from jaxformers.data.files import needs_extra, one_line
-from jaxformers.data.records import BadRecord, Fields, Record, text_record, tokens_record
+from jaxformers.data.records import BadRecord, Entry, Fields, Record, text_record, tokens_record
 
 if TYPE_CHECKING:
     import pyarrow
@@ -30,6 +30,37 @@ def damage_named(path: str, kind: str) -> Iterator[None]:
         raise
     except (pyarrow.ArrowException, OSError, EOFError) as error:
         raise ValueError(f"{path}: damaged or no {kind} file ({one_line(error)})") from error
+
+
+def wanted_columns(path: str, schema: "pyarrow.Schema", fields: Fields) -> list[str]:
+    """The columns to read of a table: the one with the document, or those of whole records that are there.
+
+    Raises:
+        ValueError: no such column, or one with something else in it; says what is there.
+    """
+    if not fields.entries:
+        check_column(path, schema, fields)
+        return [fields.wanted]
+    found = [name for name in dict.fromkeys(schema.names) if name in fields.entries]
+    if not found or len(found) != sum(name in fields.entries for name in schema.names):
+        count = "two columns of one name" if found else f"none of the columns {', '.join(fields.entries)}"
+        raise ValueError(f"{path}: {count}; there are {', '.join(schema.names) or 'none at all'}")
+    return found
+
+
+def batch_records(path: str, batch: "pyarrow.RecordBatch", first: int, fields: Fields) -> Iterator[Record]:
+    """A document, or a whole record, a row of a batch of `wanted_columns`; `first` is the row number of the first.
+
+    Raises:
+        ValueError: offsets that point outside of the data.
+    """
+    if not fields.entries:
+        yield from column_records(path, batch.column(fields.wanted), first, fields)
+        return
+    batch.validate(full=True)
+    for row in range(batch.num_rows):
+        (values,) = batch.slice(row, 1).to_pylist()
+        yield Entry({name: value for name, value in values.items() if value is not None}, first + row)
 
 
 def check_column(path: str, schema: "pyarrow.Schema", fields: Fields) -> None:

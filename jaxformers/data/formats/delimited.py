@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 
 from jaxformers.data.files import DAMAGE, open_decompressed
-from jaxformers.data.records import BadRecord, Fields, Piece, Record, is_unicode, text_record, tokens_record
+from jaxformers.data.records import BadRecord, Entry, Fields, Piece, Record, is_unicode, text_record, tokens_record
 
 _TABS = (".tsv", ".tsv.gz", ".tsv.zst")
 _LONGEST = 2**31 - 1  # characters in a field; the library's own 131,072 is less than a long document
@@ -28,7 +28,7 @@ def read(piece: Piece, fields: Fields) -> Iterator[Record]:
         header = _header(piece.path, rows)
         if header is None:
             return
-        if header.count(fields.wanted) != 1:
+        if not fields.entries and header.count(fields.wanted) != 1:
             found = f"{header.count(fields.wanted)} columns" if fields.wanted in header else "no column"
             raise ValueError(f"{piece.path}: {found} {fields.wanted!r}; the header has {', '.join(header)}")
         yield from _records(piece.path, rows, header, fields)
@@ -60,7 +60,17 @@ def _records(path: str, rows, header: list[str], fields: Fields) -> Iterator[Rec
         if len(row) != len(header):
             yield BadRecord(path, line, f"fields: {len(row)}, but the header has {len(header)}", "row")
             continue
-        yield _record(path, line, row[header.index(fields.wanted)], fields)
+        if fields.entries:
+            yield _entry(path, line, dict(zip(header, row, strict=True)))
+        else:
+            yield _record(path, line, row[header.index(fields.wanted)], fields)
+
+
+def _entry(path: str, line: int, values: dict[str, str]) -> Record:
+    """A row by its header; what is empty is not there."""
+    if not all(map(is_unicode, values.values())):
+        return BadRecord(path, line, "not UTF-8", "row")
+    return Entry({name: value for name, value in values.items() if value}, line)
 
 
 def _record(path: str, line: int, value: str, fields: Fields) -> Record:

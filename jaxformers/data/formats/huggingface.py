@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jaxformers.data.files import describe, needs_extra, one_line
-from jaxformers.data.formats.columns import check_column, column_records, damage_named
+from jaxformers.data.formats.columns import batch_records, damage_named, wanted_columns
 from jaxformers.data.records import Fields, Piece, Record, SourceFile, even_pieces, stamp
 
 _DATASET, _SPLITS = "state.json", "dataset_dict.json"  # by which a folder is known
@@ -69,13 +69,13 @@ def read(piece: Piece, fields: Fields) -> Iterator[Record]:
         ValueError: a folder that `datasets` cannot open; no such column, or one of another type.
     """
     dataset = _load(piece.path)
-    check_column(piece.path, dataset.features.arrow_schema, fields)
-    rows = dataset.select_columns([fields.wanted]).with_format("arrow")
+    rows = dataset.select_columns(wanted_columns(piece.path, dataset.features.arrow_schema, fields))
+    rows = rows.with_format("arrow")
     stop = len(rows) if piece.stop is None else piece.stop
     for start in range(piece.start, stop, _ROWS):
         with damage_named(piece.path, "Hugging Face dataset"):
-            column = rows[start : min(start + _ROWS, stop)].column(fields.wanted).combine_chunks()
-        yield from column_records(piece.path, column, start, fields)
+            (batch,) = rows[start : min(start + _ROWS, stop)].combine_chunks().to_batches()
+        yield from batch_records(piece.path, batch, start, fields)
 
 
 def _choose(path: str, split: str | None, splits: list[str]) -> str:

@@ -5,7 +5,17 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from jaxformers.data.files import COMPRESSED, DAMAGE, open_decompressed
-from jaxformers.data.records import BadRecord, Document, Fields, Piece, Record, SourceFile, is_unicode, tokens_record
+from jaxformers.data.records import (
+    BadRecord,
+    Document,
+    Entry,
+    Fields,
+    Piece,
+    Record,
+    SourceFile,
+    is_unicode,
+    tokens_record,
+)
 
 
 def cut(file: SourceFile, size: int) -> list[Piece]:
@@ -43,6 +53,8 @@ def _parse(path: str, offset: int, line: bytes, fields: Fields) -> Record:
         return BadRecord(path, offset, "not UTF-8")
     except (ValueError, RecursionError):
         return BadRecord(path, offset, "not JSON")
+    if fields.entries:
+        return Entry(record, offset, "byte")
     if not isinstance(record, dict) or fields.wanted not in record:
         return BadRecord(path, offset, f"no field {fields.wanted!r}")
     value = record[fields.wanted]

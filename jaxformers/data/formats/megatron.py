@@ -73,6 +73,8 @@ def read(piece: Piece, fields: Fields) -> Iterator[Record]:
     Raises:
         ValueError: an index that is damaged or does not fit the ids, or ids that are no whole numbers.
     """
+    if fields.entries:
+        raise ValueError(f"{piece.path}: ready ids hold no conversations: they need a source without chat")
     index = read_index(_index_of(piece.path))
     size = describe(piece.path, piece.format).size
     stop = index.documents if piece.stop is None else piece.stop

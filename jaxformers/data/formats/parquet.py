@@ -1,10 +1,10 @@
-"""Parquet: pieces are row groups, and only the needed column is read."""
+"""Parquet: pieces are row groups, and only the needed columns are read."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from jaxformers.data.files import open_binary
-from jaxformers.data.formats.columns import check_column, column_records, damage_named
+from jaxformers.data.formats.columns import batch_records, damage_named, wanted_columns
 from jaxformers.data.records import Fields, Piece, Record, SourceFile, even_pieces
 
 _ROWS = 256  # read at a time: few enough that long documents fit in memory
@@ -25,12 +25,12 @@ def read(piece: Piece, fields: Fields) -> Iterator[Record]:
         ValueError: no Parquet file, or a damaged one; no such column, or one of another type.
     """
     with damage_named(piece.path, "Parquet"), _open(piece.path) as parquet:
-        check_column(piece.path, parquet.schema_arrow, fields)
+        columns = wanted_columns(piece.path, parquet.schema_arrow, fields)
         stop = parquet.num_row_groups if piece.stop is None else piece.stop
         row = sum(parquet.metadata.row_group(number).num_rows for number in range(piece.start))
         groups = list(range(piece.start, stop))
-        for batch in parquet.iter_batches(_ROWS, row_groups=groups, columns=[fields.wanted], use_threads=False):
-            yield from column_records(piece.path, batch.column(fields.wanted), row, fields)
+        for batch in parquet.iter_batches(_ROWS, row_groups=groups, columns=columns, use_threads=False):
+            yield from batch_records(piece.path, batch, row, fields)
             row += batch.num_rows
 
 

@@ -10,6 +10,8 @@ def read(piece: Piece, fields: Fields) -> Iterator[Record]:
     """The whole file, without its byte order mark."""
     if fields.tokens is not None:
         raise ValueError(f"{piece.path}: a text file has no field {fields.tokens!r}: leave data.tokens_field out")
+    if fields.entries:
+        raise ValueError(f"{piece.path}: a text file holds no conversations: give it a source of its own, without chat")
     with open_binary(piece.path) as file:
         content = file.read()
     try:
