@@ -93,7 +93,9 @@ class FoundModel:
         """The parameters (or their moving average), each tensor straight into its place on the mesh; dtype None keeps
         them as stored."""
         if ema and not self.has_ema:
-            raise ValueError(f"{self.path} holds no moving average; a run keeps one with train.ema_decay")
+            raise ValueError(
+                f"{self.path} holds no moving average; a run keeps one with train.ema_decay or train.average"
+            )
         places = param_shardings(model_spec(self.config), mesh)
         with jax.set_mesh(mesh):
             if self.tensors is not None:
@@ -161,7 +163,8 @@ def _find_run(run: Path, step: int | None, *, mtp: bool) -> FoundModel:
             raise ValueError(f"{run} has no checkpoint yet")
         meta = checkpoints.meta(step)
     tokenizer = _tokenizer_at(run / TOKENIZER_FOLDER)
-    has_ema = meta["config"]["train"]["ema_decay"] is not None
+    train = meta["config"]["train"]
+    has_ema = train["ema_decay"] is not None or train.get("average") is not None
     config = read_config(meta["model"])
     config = without_mtp(config) if config.mtp_modules and not mtp else config
     return FoundModel(run, config, tokenizer, meta.get("generation", {}), step=step, has_ema=has_ema)
