@@ -62,12 +62,13 @@ def _direction(config: OptimizerConfig, spec: Params) -> optax.GradientTransform
 
 
 def _add_decay(decays: Params) -> optax.GradientTransformation:
-    """u + decay w; decays holds a `Share` for every parameter."""
+    """u + decay w; decays holds a `Share` for every parameter. Masked, as optax's own: checkpoints know its state."""
 
     def add(share: Share, u: jax.Array, w: jax.Array) -> jax.Array:
-        return u if share.is_zero else u + share.of(w)
+        return u if isinstance(u, optax.MaskedNode) else u + share.of(w)
 
-    return optax.stateless(lambda updates, params: jax.tree.map(add, decays, updates, params))
+    decayed = jax.tree.map(lambda share: not share.is_zero, decays)
+    return optax.masked(optax.stateless(lambda updates, params: jax.tree.map(add, decays, updates, params)), decayed)
 
 
 def _descend(rates: Params) -> optax.GradientTransformation:

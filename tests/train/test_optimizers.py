@@ -4,6 +4,7 @@ at a time: what is stacked, split into heads or into experts here is taken apart
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from pydantic import ValidationError
 from tiny import assert_bit_equal, relative_error
@@ -11,7 +12,7 @@ from tiny import assert_bit_equal, relative_error
 from jaxformers.models.params import ParamSpec, linear_spec
 from jaxformers.train.config import GuardConfig, OptimizerConfig
 from jaxformers.train.guard import guarded, new_guard
-from jaxformers.train.optim import make_optimizer
+from jaxformers.train.optim import decay_mask, make_optimizer
 
 LR, DECAY = 0.5, 0.3
 RATES = (LR, LR / 2, LR / 4)
@@ -221,3 +222,10 @@ def test_every_default_written_out_is_accepted_for_every_optimizer():
     for case in CASES:
         config = config_of(case)
         assert OptimizerConfig(**config.model_dump()) == config
+
+
+def test_adamw_keeps_the_state_that_optax_keeps_so_that_checkpoints_stay_readable():
+    theirs = optax.adamw(schedule, mask=decay_mask(SPEC))
+    ours = make_optimizer(config_of("adamw"), schedule, SPEC)
+    params = draw(0)
+    assert jax.tree.structure(ours.init(params)) == jax.tree.structure(theirs.init(params))
