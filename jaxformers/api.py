@@ -94,7 +94,9 @@ class FoundModel:
         """The parameters (or their moving average), each tensor straight into its place on the mesh; dtype None keeps
         them as stored."""
         if ema and not self.has_ema:
-            raise ValueError(f"{self.path} holds no moving average; a run keeps one with train.ema_decay")
+            raise ValueError(
+                f"{self.path} holds no moving average; a run keeps one with train.ema_decay or train.average"
+            )
         places = param_shardings(model_spec(self.config), mesh)
         with jax.set_mesh(mesh):
             if self.tensors is not None:

@@ -38,6 +38,7 @@ from jaxformers.parallel.mesh import (
 )
 from jaxformers.parallel.pipeline import Pipeline, plan_pipeline
 from jaxformers.train.ahead import look_ahead
+from jaxformers.train.average import averaged
 from jaxformers.train.balance import check_expert_bias, shift_expert_biases
 from jaxformers.train.config import (
     GuardConfig,
@@ -108,7 +109,7 @@ class Trainer:
     def check(self) -> None:
         """ValueError for settings that do not fit each other, before anything is compiled."""
         self._check_rows()
-        _ = self.learning_rate, self._runtime
+        _ = self.learning_rate, self._runtime, self.tx
         self._check_sequence_parallel()
         self._check_offload()
         self._check_one_f_one_b()
@@ -168,7 +169,12 @@ class Trainer:
 
     @cached_property
     def tx(self) -> optax.GradientTransformation:
-        return make_optimizer(self.optimizer, self.learning_rate, self._spec)
+        slots = None if self._arranged is None else self._arranged.slots
+        return self._optimizer(self._spec, slots=slots)
+
+    def _optimizer(self, spec: Params, *, slots: np.ndarray | None = None) -> optax.GradientTransformation:
+        steps = self.train.steps
+        return make_optimizer(self.optimizer, self.learning_rate, spec, cfg=self.cfg, steps=steps, slots=slots)
 
     @cached_property
     def _runtime(self) -> Runtime:
@@ -216,13 +222,13 @@ class Trainer:
 
     @property
     def _ema(self) -> bool:
-        return self.train.ema_decay is not None
+        return self.train.averages is not None
 
     @cached_property
     def plain_state(self) -> TrainState:
         """Shapes and shardings of the state in the form that checkpoints hold."""
         spec = model_spec(self.cfg)
-        return self._abstract(spec, make_optimizer(self.optimizer, self.learning_rate, spec))
+        return self._abstract(spec, self._optimizer(spec))
 
     @cached_property
     def _places(self) -> TrainState:
@@ -323,7 +329,7 @@ class Trainer:
             guard=self.guard,
             accumulation=self.train.accumulation,
             clip_norm=self.optimizer.clip_norm,
-            ema_decay=self.train.ema_decay,
+            average=partial(averaged, config=self.train) if self._ema else None,
             balance=self._balance,
             place_gradient=self._place_gradient,
             extend=self._look_ahead,

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from jaxformers.models.config import ModelConfig
 from jaxformers.models.params import Params
+from jaxformers.train.adafactor import scale_by_factored_moment
 from jaxformers.train.config import OptimizerConfig
+from jaxformers.train.eight_bit import in_eight_bits
+from jaxformers.train.groups import Share, leaf_settings
+from jaxformers.train.muon import muon_with_adam
 
 
 def decay_mask(spec: Params) -> Params:
@@ -15,16 +21,75 @@ def decay_mask(spec: Params) -> Params:
     return jax.tree.map(lambda s: s.init in ("normal", "residual"), spec)
 
 
-def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule, spec: Params) -> optax.GradientTransformation:
-    """AdamW over already clipped gradients: u = -lr (m / (sqrt(v) + eps) + decay w), with bias-corrected m and v.
+def make_optimizer(
+    config: OptimizerConfig,
+    schedule: optax.Schedule,
+    spec: Params,
+    *,
+    cfg: ModelConfig | None = None,
+    steps: int | None = None,
+    slots: np.ndarray | None = None,
+) -> optax.GradientTransformation:
+    """The named optimizer over already clipped gradients: u = -lr (direction + decay w). AdamW's direction is
+    m / (sqrt(v) + eps), with bias-corrected m and v.
 
-    spec is the tree of `ParamSpec`s that the parameters follow.
+    spec is the tree of `ParamSpec`s that the parameters follow. cfg, the run's steps and, of a pipeline, its slots
+    (see `groups.leaf_settings`) are for groups and layer-wise rates. ValueError for a group that fits no parameter.
     """
+    core = _direction(config, spec)
+    settings = leaf_settings(config, schedule, decay_mask(spec), cfg=cfg, steps=steps, slots=slots)
     return optax.chain(
-        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
-        optax.add_decayed_weights(config.weight_decay, mask=decay_mask(spec)),
-        optax.scale_by_learning_rate(schedule),
+        in_eight_bits(core, spec) if config.state == "int8" else core,
+        _add_decay(jax.tree.map(lambda setting: setting.decay, settings)),
+        _descend(jax.tree.map(lambda setting: setting.rates, settings)),
     )
+
+
+def _direction(config: OptimizerConfig, spec: Params) -> optax.GradientTransformation:
+    adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
+    match config.name:
+        case "adamw":
+            return adam
+        case "adafactor":
+            return scale_by_factored_moment(spec)
+        case "lion":
+            return optax.scale_by_lion(b1=config.b1, b2=config.b2)
+        case "sgd":
+            momentum = config.decay_of_momentum
+            return optax.trace(momentum, nesterov=config.is_nesterov) if momentum else optax.identity()
+        case "muon":
+            return muon_with_adam(spec, momentum=config.decay_of_momentum, nesterov=config.is_nesterov, adam=adam)
+
+
+def _add_decay(decays: Params) -> optax.GradientTransformation:
+    """u + decay w; decays holds a `Share` for every parameter. Masked, as optax's own: checkpoints know its state."""
+
+    def add(share: Share, u: jax.Array, w: jax.Array) -> jax.Array:
+        return u if isinstance(u, optax.MaskedNode) else u + share.of(w)
+
+    decayed = jax.tree.map(lambda share: not share.is_zero, decays)
+    return optax.masked(optax.stateless(lambda updates, params: jax.tree.map(add, decays, updates, params)), decayed)
+
+
+def _descend(rates: Params) -> optax.GradientTransformation:
+    """-lr u; rates holds the schedules of every parameter, each with the share of its rows that follow it. All count
+    the same updates."""
+
+    def init(params: Params) -> optax.ScaleByScheduleState:
+        del params
+        return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
+
+    def update(
+        updates: Params, state: optax.ScaleByScheduleState, params: Params | None = None
+    ) -> tuple[Params, optax.ScaleByScheduleState]:
+        del params
+        # Not a set, whose order would make each process another program.
+        schedules = dict.fromkeys(schedule for own in jax.tree.leaves(rates) for schedule in own.schedules)
+        now = {schedule: jnp.asarray(-schedule(state.count), jnp.float32) for schedule in schedules}
+        updates = jax.tree.map(lambda own, u: own.times(u, now), rates, updates)
+        return updates, optax.ScaleByScheduleState(optax.safe_increment(state.count))
+
+    return optax.GradientTransformation(init, update)
 
 
 def clip_scale(norm: jax.Array, limit: float | None) -> jax.Array | float:

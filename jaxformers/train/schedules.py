@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import jax.numpy as jnp
 import optax
 
@@ -30,14 +32,29 @@ def _shape(config: ScheduleConfig, peak: float, steps: int) -> optax.Schedule:
     match config.name:
         case "constant":
             return optax.constant_schedule(peak)
+        case "cosine" if config.cycles > 1:
+            return _restarted(config, peak, last + 1)
         case "cosine":
             return optax.cosine_decay_schedule(peak, last, alpha=final)
         case "linear":
             return optax.linear_schedule(peak, peak * final, last)
+        case "polynomial":
+            return optax.polynomial_schedule(peak, peak * final, config.power, last)
         case "wsd":
             decay = min(max(round(steps * config.decay_fraction), 1), last)
-            return optax.linear_schedule(peak, peak * final, decay, transition_begin=last - decay)
+            if config.power == 1:
+                return optax.linear_schedule(peak, peak * final, decay, transition_begin=last - decay)
+            return lambda step: peak * (1 - (1 - final) * jnp.clip((step - last + decay) / decay, 0, 1) ** config.power)
         case "inverse_sqrt":
             offset = max(config.warmup_steps, 1)
             # join_schedules also asks for the steps before, whose rate it then leaves out.
             return lambda step: peak * jnp.sqrt(offset / (offset + jnp.maximum(step, 0)))
+
+
+def _restarted(config: ScheduleConfig, peak: float, steps: int) -> optax.Schedule:
+    """Cosine decays one after the other, each as long as the next (but for rounding) and each from the peak to the
+    final rate (arXiv:1608.03983)."""
+    starts = [round(steps * cycle / config.cycles) for cycle in range(config.cycles + 1)]
+    spans = [max(end - start - 1, 1) for start, end in itertools.pairwise(starts)]
+    decays = [optax.cosine_decay_schedule(peak, span, alpha=config.final_fraction) for span in spans]
+    return optax.join_schedules(decays, starts[1:-1])

@@ -9,12 +9,13 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from jaxformers.models.params import Params
 from jaxformers.parallel.mesh import RULES, SPLIT_REPLICAS, param_shardings, replicated
 from jaxformers.train.config import GuardConfig
 from jaxformers.train.guard import Guard, new_guard
+from jaxformers.train.moments import map_moments, moment_sharding
 
 
 @flax.struct.dataclass
@@ -57,11 +58,16 @@ def abstract_state(
     params = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, jnp.float32), spec)
     shapes = jax.eval_shape(lambda p: new_state(p, tx, jax.random.key(0), guard=guard, ema=ema), params)
     placed, whole = param_shardings(spec, mesh), replicated(mesh)
-    shared = param_shardings(spec, mesh, SPLIT_REPLICAS if split_moments else RULES)
-    if moments_memory is not None:
-        shared = jax.tree.map(lambda place: place.with_memory_kind(moments_memory), shared)
-    moments = optax.tree.map_params(
-        tx, lambda _, place: place, shapes.opt_state, shared, transform_non_params=lambda _: whole
+    rules = SPLIT_REPLICAS if split_moments else RULES
+
+    def in_memory(place: NamedSharding) -> NamedSharding:
+        return place if moments_memory is None else place.with_memory_kind(moments_memory)
+
+    shared = jax.tree.map(in_memory, param_shardings(spec, mesh, rules))
+    moments = map_moments(
+        lambda a, s, _: whole if s is None else in_memory(moment_sharding(a.shape, s, mesh, rules)),
+        shapes.opt_state,
+        spec,
     )
     remembered = jax.tree.map(lambda _: whole, shapes.guard)
     places = TrainState(whole, placed, moments, whole, remembered, shared if ema else None)

@@ -68,7 +68,7 @@ def make_train_step(
     guard: GuardConfig,
     accumulation: int = 1,
     clip_norm: float | None = None,
-    ema_decay: float | None = None,
+    average: Callable[[Params, Params, jax.Array], Params] | None = None,
     balance: Callable[[Params, jax.Array], Params] | None = None,
     place_gradient: Callable[[Params], Params] = lambda grads: grads,
     extend: Callable[[Batch], Batch] = lambda batch: batch,
@@ -78,6 +78,7 @@ def make_train_step(
 
     schedule is the one `tx` follows, to be reported. guard says which updates are left out. grad_norm is the global
     norm before clipping to `clip_norm`.
+    average(average, parameters, updates made) is the average after an update.
     balance(parameters, load [sparse layers, E]) moves, after the optimizer, what it does not: experts' biases.
     place_gradient pins a microbatch's gradient to its place on the mesh. extend gives the batch what the loss needs
     beside it, before it is split. fetch brings what of a state is elsewhere to the devices, for the update.
@@ -99,8 +100,8 @@ def make_train_step(
         if balance is not None:
             params = balance(params, sums.load)
         ema = state.ema
-        if ema is not None and ema_decay is not None:
-            ema = jax.tree.map(lambda e, p: ema_decay * e + (1 - ema_decay) * p, ema, params)
+        if ema is not None and average is not None:
+            ema = average(ema, params, state.step + 1 - state.guard.skipped)
         metrics = {"objective": value, "grad_norm": norm, "lr": rate, **mean_metrics(sums, Totals.of(batch))}
         before, after = (state.params, state.opt_state, state.ema), (params, opt_state, ema)
         (params, opt_state, ema), kept, guarding = guarded(

@@ -72,6 +72,36 @@ def test_wsd_that_decays_all_along_reaches_its_final_rate():
     assert found[-1] == pytest.approx(0, abs=1e-9)
 
 
+@pytest.mark.parametrize("power", [0.5, 2.0])
+def test_a_polynomial_leaves_a_power_of_what_remains_and_wsd_takes_a_power_of_what_is_done(power):
+    span, final = STEPS - WARMUP - 1, 0.1
+    found = rates(name="polynomial", warmup_steps=WARMUP, final_fraction=final, power=power)
+    left = np.array([(1 - step / span) ** power for step in range(span + 1)])
+    np.testing.assert_allclose(found[WARMUP:], PEAK * (final + (1 - final) * left), rtol=2e-6, atol=1e-9)
+    found = rates(name="wsd", warmup_steps=WARMUP, final_fraction=final, power=power)
+    done = np.array([max(0, step - span + 20) / 20 for step in range(span + 1)])
+    np.testing.assert_allclose(found[WARMUP:], PEAK * (1 - (1 - final) * done**power), rtol=2e-6, atol=1e-9)
+
+
+def test_cosine_cycles_begin_at_the_peak_and_end_at_the_final_rate_each():
+    found = rates(name="cosine", warmup_steps=WARMUP, final_fraction=0.1, cycles=3)[WARMUP:]
+    one = [PEAK * (0.1 + 0.9 * (1 + math.cos(math.pi * step / 29)) / 2) for step in range(30)]
+    np.testing.assert_allclose(found, 3 * one, rtol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"name": "linear", "cycles": 2}, "linear does not read cycles (here 2); it is for cosine"),
+        ({"name": "cosine", "power": 2.0}, "cosine does not read power (here 2.0); it is for polynomial, wsd"),
+    ],
+)
+def test_a_key_that_the_shape_does_not_read_is_refused(settings, message):
+    with pytest.raises(ValueError) as caught:
+        ScheduleConfig(**settings)
+    assert message in str(caught.value)
+
+
 @pytest.mark.parametrize("warmup", [STEPS, STEPS + 1])
 def test_a_warmup_as_long_as_the_run_is_refused_with_both_numbers(warmup):
     with pytest.raises(ValueError, match=f"warmup_steps is {warmup}; it must be below the run's {STEPS} steps"):

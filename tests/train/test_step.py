@@ -1,5 +1,7 @@
 """One update against the written-out optimizer: the loss here is linear, so its gradient is whatever the batch says."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,8 @@ import optax
 import pytest
 
 from jaxformers.models.params import ParamSpec
-from jaxformers.train.config import GuardConfig, OptimizerConfig
+from jaxformers.train.average import averaged
+from jaxformers.train.config import GuardConfig, OptimizerConfig, TrainConfig
 from jaxformers.train.losses import Sums, Totals
 from jaxformers.train.optim import decay_mask, make_optimizer
 from jaxformers.train.state import new_state
@@ -52,7 +55,8 @@ def run(batches, *, config=None, schedule=lambda step: LR, ema=None, guard=Guard
     """Parameters (and metrics) after each batch."""
     config = config or OptimizerConfig(learning_rate=LR, b1=B1, b2=B2, eps=EPS, weight_decay=DECAY)
     tx = make_optimizer(config, schedule, SPEC)
-    step = jax.jit(make_train_step(linear_loss, tx, schedule, ema_decay=ema, guard=guard, **settings))
+    average = None if ema is None else partial(averaged, config=TrainConfig(ema_decay=ema))
+    step = jax.jit(make_train_step(linear_loss, tx, schedule, average=average, guard=guard, **settings))
     params = jax.tree.map(jnp.asarray, draw_params())
     state = new_state(params, tx, jax.random.key(0), guard=guard, ema=ema is not None)
     states, metrics = [], []
