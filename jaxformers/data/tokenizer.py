@@ -176,6 +176,10 @@ class Tokenizer:
         decoder = self._text.decoder
         return decoder is not None and b"ByteFallback" in decoder.__getstate__()
 
+    def to_json(self) -> str:
+        """The whole tokenizer as the text of a tokenizer.json, with the tokens that only the settings beside it name."""
+        return self._text.to_str()
+
     def save(self, directory: str | Path) -> None:
         """Writes the files this tokenizer was made from, unchanged, so that `transformers` opens the directory."""
         directory = Path(directory)
