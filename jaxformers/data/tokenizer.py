@@ -177,7 +177,7 @@ class Tokenizer:
         return decoder is not None and b"ByteFallback" in decoder.__getstate__()
 
     def to_json(self) -> str:
-        """The whole tokenizer as the text of a tokenizer.json, with the tokens that only the settings beside it name."""
+        """The whole tokenizer as the text of a tokenizer.json, tokens that only its settings name included."""
         return self._text.to_str()
 
     def save(self, directory: str | Path) -> None:
