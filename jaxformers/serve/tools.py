@@ -149,6 +149,8 @@ class ToolParser:
             yield from self._thought()
         if self._form == "json":
             yield from self._bare_calls()
+        if self._form == "harmony":
+            yield from self._harmony_start()
         readers = {
             "harmony": ((CHANNEL, START), self._harmony_message),
             "glm": ((CALL,), self._glm_call),
@@ -279,6 +281,19 @@ class ToolParser:
         end = yield from self._source.pass_until((END, HARMONY_CALL), tell)
         self._source.at += len(end or "")
         return True
+
+    def _harmony_start(self) -> Reading:
+        """The prompt has begun the first message, so that its recipient may come at once."""
+        self._source.pin()
+        if (yield from self._source.take("to=")):
+            self._source.back()
+            self._source.pin()
+            if not (yield from self._harmony_message(START)):
+                self._source.back()
+            self._source.release()
+            self._space = ""
+        else:
+            self._source.back()
 
     def _bare_calls(self) -> Reading:
         """{"name": ..., "parameters": {...}} as the whole of an answer, behind Llama's tag or in a fence of Markdown;

@@ -1,14 +1,28 @@
 """Calls in each lineage's format, however the text is cut; what is no call stays text; forced calls are calls."""
 
+import itertools
 import json
 
+import jsonschema
+import numpy as np
 import pytest
 from data.templates import TEMPLATES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from wheels import unpacked_wheel
 
-from jaxformers.serve.tools import ArgumentsDelta, ReasoningDelta, TextDelta, ToolParser, ToolStart, format_of
+from jaxformers.data.tokenizer import TextStream, byte_tokenizer
+from jaxformers.serve.constrain import compile_constraint
+from jaxformers.serve.tool_choice import constraint_for
+from jaxformers.serve.tools import (
+    ArgumentsDelta,
+    ReasoningDelta,
+    TextDelta,
+    ToolParser,
+    ToolStart,
+    format_of,
+    parser_for,
+)
 
 WEATHER = {
     "type": "function",
@@ -23,7 +37,10 @@ WEATHER = {
         },
     },
 }
-CLOCK = {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}
+CLOCK = {
+    "type": "function",
+    "function": {"name": "now", "description": "The time.", "parameters": {"type": "object", "properties": {}}},
+}
 TOOLS = [WEATHER, CLOCK]
 PARIS = {"city": 'Paris "é" }{ </tool_call', "days": 2}
 ARGUMENTS = json.dumps(PARIS, ensure_ascii=False)
@@ -152,7 +169,8 @@ def test_arguments_stream_as_they_come_and_an_answer_cut_short_keeps_what_there_
     assert parser.finish() == []
 
 
-PIECES = ["<tool_call>", "</tool_call>", "{", "}", '"name"', ":", '"now"', ",", '"arguments"', " ", "\n", "x", "\\", "<",
+PIECES = ["<tool_call>", "</tool_call>", "{", "}", '"name"', ":", '"now"', ",", '"arguments"', " ", "\n", "x", "\\",
+          "<",
           "<think>", "</think>", "[TOOL_CALLS]", "[ARGS]", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>",
           "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<|channel|>", "<|message|>", "<|end|>",
           "<function=", ">", "now", "<|python_tag|>", "to=functions.", ";", "[", "]", "```json"]  # fmt: skip
@@ -168,7 +186,7 @@ PIECES = ["<tool_call>", "</tool_call>", "{", "}", '"name"', ":", '"now"', ",", 
 def test_any_text_reads_alike_in_one_piece_and_in_several(form, pieces, thinks, cuts):
     text = "".join(pieces)
     places = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
-    cut = [text[a:b] for a, b in zip(places, places[1:], strict=False)]
+    cut = [text[a:b] for a, b in itertools.pairwise(places)]
     whole = parse([text], form, thinks=thinks)
     assert parse(cut, form, thinks=thinks) == whole
     assert parse(list(text), form, thinks=thinks) == whole
@@ -198,3 +216,130 @@ def test_the_templates_tell_the_format():
     assert told["deepseek"] == "deepseek"
     assert told["llama3"] == told["chatml"] == "json"
     assert format_of(None) == "json"
+
+
+SPECIAL = {
+    "mistral": ["[TOOL_CALLS]", "[ARGS]"],
+    "deepseek": ["<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>",
+                 "<｜tool▁sep｜>"],
+    "harmony": ["<|channel|>", "<|message|>", "<|constrain|>", "<|end|>", "<|start|>", "<|call|>"],
+    "hermes": ["<think>"],
+}  # fmt: skip
+SHOWN = {  # the marks by which templates show the format
+    "hermes": "<tool_call>",
+    "hermes that thinks": "<tool_call> <think>",
+    "mistral": "[TOOL_CALLS]",
+    "mistral since 2025": "[TOOL_CALLS] [ARGS]",
+    "deepseek": "<｜tool▁call▁begin｜> ```json",
+    "deepseek since 2025": "<｜tool▁call▁begin｜>",
+    "glm": "<tool_call> <arg_key>",
+    "xml": "<tool_call> <function=",
+    "harmony": "<|channel|>",
+    "json": "{{ tools }}",
+}
+
+
+def tokenizer_with(template, special=()):
+    tokenizer = byte_tokenizer(special)
+    tokenizer.chat_templates = {"default": template}
+    return tokenizer
+
+
+def drawn(tokenizer, spec, parser, seed):
+    """The deltas of an answer drawn at random under the constraint, or None for one that grew long. At times a mark
+    that may end a text is written as a whole."""
+    constraint, draw = compile_constraint(spec, tokenizer), np.random.default_rng(seed)
+    stream, deltas, planned = TextStream(tokenizer, keep=parser.marks), [], []
+    closing = [[i] for i in (*b'"}],', *range(256, tokenizer.vocab_size))]
+    closing += [list(mark.encode()) for mark in ("</arg_value>", "\n</parameter>", "</think>")]
+    for _ in range(1500):
+        mask = constraint.allowed()
+        if mask[tokenizer.eos_id]:
+            return deltas + parser.feed(stream.flush()) + parser.finish()
+        if not planned and draw.random() < 0.6:
+            planned = list(closing[draw.integers(len(closing))])
+        if planned and not mask[planned[0]]:
+            planned = []
+        token = planned.pop(0) if planned else int(draw.choice(np.flatnonzero(mask)))
+        constraint.advance(token)
+        deltas += parser.feed(stream.push(token))
+    return None
+
+
+def calls_of(deltas):
+    assert not [delta for delta in deltas if isinstance(delta, TextDelta)], deltas
+    names = [delta.name for delta in deltas if isinstance(delta, ToolStart)]
+    pieces = [delta for delta in deltas if isinstance(delta, ArgumentsDelta)]
+    return [(name, "".join(p.text for p in pieces if p.index == i)) for i, name in enumerate(names)]
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_an_answer_under_a_required_choice_is_calls_whose_arguments_obey_their_schema(name):
+    tokenizer = tokenizer_with(SHOWN[name], SPECIAL.get(name.split()[0], ()))
+    schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in TOOLS}
+    spec = constraint_for(tokenizer, TOOLS, "required")
+    seen = set()
+    for seed in range(12):
+        deltas = drawn(tokenizer, spec, parser_for(tokenizer, tools=TOOLS), seed)
+        for called, arguments in calls_of(deltas or []):
+            jsonschema.validate(json.loads(arguments), schemas[called])
+            seen.add(called)
+    assert seen == set(schemas)
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_an_answer_under_a_named_choice_is_one_call_of_it(name):
+    tokenizer = tokenizer_with(SHOWN[name], SPECIAL.get(name.split()[0], ()))
+    choice = {"type": "function", "function": {"name": "now"}}
+    spec = constraint_for(tokenizer, TOOLS, choice, parallel=False)
+    answers = [drawn(tokenizer, spec, parser_for(tokenizer, tools=TOOLS), seed) for seed in range(3)]
+    assert [calls_of(deltas)[0][0] for deltas in answers if deltas is not None].count("now") >= 2
+
+
+def test_choices_that_force_nothing_have_no_constraint_and_wrong_ones_are_refused():
+    tokenizer = tokenizer_with("<tool_call>")
+    assert [constraint_for(tokenizer, TOOLS, choice) for choice in (None, "none", "auto")] == [None] * 3
+    with pytest.raises(ValueError, match="none of the tools"):
+        constraint_for(tokenizer, TOOLS, {"type": "function", "function": {"name": "fly"}})
+    with pytest.raises(ValueError, match="must be none, auto"):
+        constraint_for(tokenizer, TOOLS, "always")
+    with pytest.raises(ValueError, match="there are no tools"):
+        constraint_for(tokenizer, [], "required")
+    bad = [{"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"not": {}}}}}}]
+    with pytest.raises(ValueError, match="Unimplemented keys"):
+        compile_constraint(constraint_for(tokenizer, bad, "required"), tokenizer)
+
+
+PUBLISHED = [
+    "qwen2_5",
+    "qwen3",
+    "qwen3_vl",
+    "glm4moe",
+    "qwen3_6",
+    "nemotron_3_nano",
+    "deepseekv3",
+    "gptoss",
+    "llama3_1",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_what_a_published_template_shows_of_a_call_reads_as_that_call(name):
+    template = (unpacked_wheel("trl==1.16.0") / "trl" / "chat_templates" / f"{name}.jinja").read_text()
+    tokenizer = tokenizer_with(template)
+    question = {"role": "user", "content": "How is the weather?"}
+    arguments = ARGUMENTS if name.startswith("deepseek") else PARIS  # what its template expects
+    call = {"id": "call12345", "type": "function", "function": {"name": "get_weather", "arguments": arguments}}
+    answer = {"role": "assistant", "content": "", "tool_calls": [call]}
+    prompt = tokenizer.render_chat([question], tools=TOOLS, add_generation_prompt=True)
+    whole = tokenizer.render_chat([question, answer], tools=TOOLS)
+    shared = next(
+        i for i, (a, b) in enumerate(zip(prompt, whole + "\0", strict=False)) if a != b or i == len(prompt) - 1
+    )
+    shown = whole[shared + 1 :] if prompt == whole[: len(prompt)] else whole[shared:]
+    parser = parser_for(tokenizer, tools=TOOLS)
+    deltas = parser.feed(shown) + parser.finish()
+    names = [delta.name for delta in deltas if isinstance(delta, ToolStart)]
+    arguments = "".join(delta.text for delta in deltas if isinstance(delta, ArgumentsDelta))
+    assert (names, json.loads(arguments)) == (["get_weather"], PARIS), shown
