@@ -224,10 +224,15 @@ class ToolParser:
         while (yield from self._source.take("<parameter=")):
             key = yield from self._source.up_to((">",))
             yield from self._source.take(">")
-            value = yield from self._source.up_to(("</parameter>",))
+            yield from self._source.more()
+            end = "</parameter>"
+            if self._source.rest.startswith("\n"):
+                self._source.at += 1
+                end = "\n</parameter>"
+            value = yield from self._source.up_to((end,))
             if not (yield from self._source.take("</parameter>")):
                 return False
-            arguments[key] = self._typed(name, key, value.removeprefix("\n").removesuffix("\n"))
+            arguments[key] = self._typed(name, key, value)
         if not (yield from self._source.take("</function>")):
             return False
         yield from self._source.take(CALL_END)
