@@ -17,6 +17,7 @@ from jaxformers.data.gguf_tokenizer import gguf_tokenizer
 from jaxformers.data.tokenizer import byte_tokenizer, load_tokenizer, train_tokenizer
 from jaxformers.hub.gguf import open_gguf
 from jaxformers.serve.constrain import MAX_CHOICES, MAX_DEPTH, ConstraintSpec, compile_constraint
+from jaxformers.serve.trial import TOO_LARGE, Trials
 
 CORPUS = [
     '{"name": "Ann", "age": 31, "tags": ["red", "blue"], "ok": true}',
@@ -203,6 +204,14 @@ def test_equal_constraints_are_compiled_once():
     start = time.perf_counter()
     compile_constraint(ConstraintSpec("json_schema", dict(spec.value)), tokenizer)
     assert time.perf_counter() - start < 0.05
+
+
+def test_a_grammar_that_breaks_the_process_it_is_tried_in_is_refused_and_the_next_one_is_not():
+    tokenizer = byte_tokenizer()
+    trials = Trials(tokenizer.to_json(), tokenizer.vocab_size, [tokenizer.eos_id])
+    assert trials.fault_of(chain(20_000, '"a"')) == TOO_LARGE
+    assert trials.fault_of('start: "a"') is None
+    trials.close()
 
 
 def test_a_token_that_was_not_allowed_is_refused():
