@@ -7,6 +7,7 @@ error lines. Knows nothing of HTTP and nothing of models.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import re
 import threading
@@ -28,7 +29,7 @@ MAX_DEPTH = 48  # of a schema
 MAX_CHOICES = 2_000
 MAX_REPEATS = 10_000  # in a regex or a schema's pattern
 MAX_RULES = 1_000  # lines of a grammar with a colon
-_KEPT = 128  # outcomes of compiling
+_KEPT = 64  # outcomes of compiling
 
 # Spaces between JSON's tokens are bounded, since weak models under a grammar otherwise write nothing else for ever. A
 # schema may not loosen what is checked of it.
@@ -102,7 +103,7 @@ def compile_constraint(
     ends = tuple(sorted({*tokenizer.stop_ids, *stop_ids}))
     if not ends:
         raise ValueError("this model names no token that ends a text, so no text of its can be constrained")
-    key = (spec.kind, _frozen(spec), tokenizer.fingerprint, ends)
+    key = (_digest(spec), tokenizer.fingerprint, ends)
     matcher = _COMPILED.get(key, lambda: _compiled(spec, tokenizer, ends))
     size = tokenizer.vocab_size if vocab_size is None else vocab_size
     return TokenConstraint(matcher.deep_copy(), size, np.array([stop for stop in ends if stop < size], int))
@@ -169,10 +170,10 @@ def _prepared(tokenizer: Tokenizer, ends: tuple[int, ...]) -> tuple[LLTokenizer,
         ) from None
 
 
-def _frozen(spec: ConstraintSpec) -> str:
-    """The value as a text that is equal for equal ones; the order of a schema's keys is the order they are written."""
+def _digest(spec: ConstraintSpec) -> bytes:
+    """Equal for equal specs. The order of a schema's keys counts: it is the order in which they are written."""
     try:
-        return json.dumps(spec.value, allow_nan=False)
+        return hashlib.sha256(json.dumps([spec.kind, spec.value], allow_nan=False).encode()).digest()
     except (TypeError, ValueError, RecursionError):
         raise ValueError(f"the {spec.kind} is not plain JSON data, or nests too deeply") from None
 
