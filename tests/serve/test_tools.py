@@ -176,7 +176,7 @@ PIECES = ["<tool_call>", "</tool_call>", "{", "}", '"name"', ":", '"now"', ",", 
           "<function=", ">", "now", "<|python_tag|>", "to=functions.", ";", "[", "]", "```json"]  # fmt: skip
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(
     form=st.sampled_from([*TWO_CALLS, "json", None]),
     pieces=st.lists(st.sampled_from(PIECES), max_size=14),
