@@ -1,0 +1,79 @@
+"""Servers on loopback, each in a thread, with an engine that needs no model."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import httpx
+import pytest
+from standin import Standin, served_by, talkative_tokenizer
+
+from jaxformers.serve.served import Settings
+from jaxformers.serving import Address, Options, Server, listen, url_of
+
+
+@dataclass
+class Live:
+    """A server that listens."""
+
+    url: str
+    engine: Standin
+    server: Server
+    thread: threading.Thread
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
+
+    def post(self, path: str, body, **options) -> httpx.Response:
+        return httpx.post(f"{self.url}{path}", json=body, timeout=30, **options)
+
+    def get(self, path: str, **options) -> httpx.Response:
+        return httpx.get(f"{self.url}{path}", timeout=30, **options)
+
+    def idle(self, seconds: float = 3.0) -> bool:
+        """Whether the engine comes to rest: no slot taken, nothing waiting."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            stats = self.engine.stats()
+            if not (stats.running or stats.waiting or self.engine.has_work()):
+                return True
+            time.sleep(0.01)
+        return False
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    return talkative_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def serve(tokenizer) -> Iterator[Callable[..., Live]]:
+    """`serve(Standin(...), settings=...)`: a server that lives until the tests end."""
+    alive: list[Live] = []
+
+    def start(engine: Standin | None = None, *, settings: Settings | None = None, wait: bool = True, **fields) -> Live:
+        engine = engine or Standin()
+        listener = listen(Address(port=0))
+        server = Server(served_by(engine, tokenizer, **fields), Options(settings=settings or Settings()))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        live = Live(url_of(listener), engine, server, thread)
+        alive.append(live)
+        while wait and live.get("/ready").status_code != 200:
+            time.sleep(0.02)
+        return live
+
+    yield start
+    for live in alive:
+        live.engine.gate.set()
+        live.server.should_exit = True
+    for live in alive:
+        live.thread.join(timeout=10)
+
+
+@pytest.fixture(scope="session")
+def live(serve) -> Live:
+    """One server for all tests that leave it as it was."""
+    return serve()
