@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from importlib.resources import files
 from typing import Any
@@ -42,7 +41,7 @@ from jaxformers.serve.respond import CLIENT_LEFT, read_body
 from jaxformers.serve.security import Guard
 from jaxformers.serve.served import Served, Settings
 
-_log = logging.getLogger(__name__)
+PAGE = files("jaxformers.serve") / "static" / "index.html"
 
 
 class Server:
@@ -140,7 +139,7 @@ class Server:
         return JSONResponse({"version": self.served.version})
 
     async def page(self, http: HttpRequest) -> Response:
-        return HTMLResponse(files("jaxformers.serve").joinpath("static/index.html").read_text(encoding="utf-8"))
+        return HTMLResponse(PAGE.read_bytes())
 
     def routes(self) -> list[Route]:
         """Every route there is."""

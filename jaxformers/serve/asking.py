@@ -129,7 +129,8 @@ def wanted_form(body: Sampling) -> Form | None:
     asked = [form for form in (_of_response_format(body), *_of_extras(body)) if form is not None]
     if len(asked) > 1:
         kinds = ", ".join(form.kind for form in asked)
-        raise ApiError(f"one text can have one form, but the body asks for several: {kinds}", param="response_format")
+        param = "response_format" if body.response_format else "structured_outputs"
+        raise ApiError(f"one text can have one form, but the body asks for several: {kinds}", param=param)
     return asked[0] if asked else None
 
 

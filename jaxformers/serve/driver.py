@@ -19,6 +19,7 @@ from jaxformers.infer.request import Driven, Event, QueueFull, Request
 from jaxformers.serve.errors import ApiError, failed, overloaded, unavailable
 
 _log = logging.getLogger(__name__)
+AT_ONCE = 32  # events of a continuation that a reader takes in one turn: a few milliseconds of work
 IDLE_SECONDS = 1.0  # a sleeping thread looks around this often, should a wake-up ever be lost
 
 
@@ -68,21 +69,31 @@ class Call:
         self.traces = [Trace(now, len(request.prompt)) for request in requests]
         self.numbers: list[int] = []
         self._driver = driver
-        self._waiting: dict[int, Event] = {}
+        self._waiting: dict[int, list[Event]] = {}
         self._news = asyncio.Event()
         self._closed: Closed | None = None
 
     async def news(self) -> dict[int, Event]:
         """What came of each continuation, by its index, since the last time; waits until there is something.
 
-        Raises `Closed` once the call is closed.
+        Raises `Closed` once the call is closed. A reader far behind catches up in parts, between which others have
+        their turn.
         """
+        if self._behind:
+            await asyncio.sleep(0)
         await self._news.wait()
         if self._closed is not None:
             raise self._closed
         self._news.clear()
-        news, self._waiting = self._waiting, {}
-        return news
+        waiting = self._waiting
+        self._waiting = {index: events[AT_ONCE:] for index, events in waiting.items() if len(events) > AT_ONCE}
+        if self._behind:
+            self._news.set()
+        return {index: merged(events[:AT_ONCE]) for index, events in waiting.items()}
+
+    @property
+    def _behind(self) -> bool:
+        return bool(self._waiting)
 
     def end(self, index: int, reason: str) -> None:
         """Ends one continuation, which its reader has enough of."""
@@ -97,22 +108,21 @@ class Call:
         self._news.set()
 
     def receive(self, index: int, event: Event) -> None:
-        waiting = self._waiting.get(index)
-        self._waiting[index] = event if waiting is None else merged(waiting, event)
+        self._waiting.setdefault(index, []).append(event)
         self._news.set()
 
 
-def merged(first: Event, then: Event) -> Event:
-    """Two events of one request as one."""
-    logprobs = (
-        None if first.logprobs is None and then.logprobs is None else (first.logprobs or ()) + (then.logprobs or ())
-    )
+def merged(events: Sequence[Event]) -> Event:
+    """The events of one request, in order, as one."""
+    if len(events) == 1:
+        return events[0]
+    logprobs = [entry for event in events for entry in event.logprobs or ()]
     return replace(
-        then,
-        tokens=first.tokens + then.tokens,
-        logprobs=logprobs,
-        prompt_logprobs=first.prompt_logprobs or then.prompt_logprobs,
-        cached_tokens=first.cached_tokens or then.cached_tokens,
+        events[-1],
+        tokens=tuple(token for event in events for token in event.tokens),
+        logprobs=tuple(logprobs) if any(event.logprobs is not None for event in events) else None,
+        prompt_logprobs=next((event.prompt_logprobs for event in events if event.prompt_logprobs is not None), None),
+        cached_tokens=max(event.cached_tokens for event in events),
     )
 
 

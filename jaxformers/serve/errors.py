@@ -70,4 +70,5 @@ def too_long(*, prompt: int, wanted: int, max_length: int) -> ApiError:
         f"This model's maximum context length is {max_length} tokens. However, you requested {prompt + wanted} tokens "
         f"({prompt} in the prompt, {wanted} in the completion). Please reduce the length of the prompt or completion."
     )
-    return ApiError(message, param="prompt", code="context_length_exceeded")
+    param = "prompt" if prompt >= max_length else "max_tokens"
+    return ApiError(message, param=param, code="context_length_exceeded")

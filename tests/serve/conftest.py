@@ -1,9 +1,10 @@
 """Servers on loopback, each in a thread, with an engine that needs no model."""
 
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import httpx
 import pytest
@@ -21,16 +22,17 @@ class Live:
     engine: Standin
     server: Server
     thread: threading.Thread
+    client: httpx.Client = field(default_factory=lambda: httpx.Client(timeout=30, verify=False))
 
     @property
     def port(self) -> int:
         return int(self.url.rpartition(":")[2])
 
     def post(self, path: str, body, **options) -> httpx.Response:
-        return httpx.post(f"{self.url}{path}", json=body, timeout=30, **options)
+        return self.client.post(f"{self.url}{path}", json=body, **options)
 
     def get(self, path: str, **options) -> httpx.Response:
-        return httpx.get(f"{self.url}{path}", timeout=30, **options)
+        return self.client.get(f"{self.url}{path}", **options)
 
     def idle(self, seconds: float = 3.0) -> bool:
         """Whether the engine comes to rest: no slot taken, nothing waiting."""
@@ -56,6 +58,7 @@ def serve(tokenizer) -> Iterator[Callable[..., Live]]:
     def start(engine: Standin | None = None, *, settings: Settings | None = None, wait: bool = True, **fields) -> Live:
         engine = engine or Standin()
         listener = listen(Address(port=0))
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16_384)  # a reader that stops is noticed soon
         server = Server(served_by(engine, tokenizer, **fields), Options(settings=settings or Settings()))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
@@ -67,6 +70,7 @@ def serve(tokenizer) -> Iterator[Callable[..., Live]]:
 
     yield start
     for live in alive:
+        live.client.close()
         live.engine.gate.set()
         live.server.should_exit = True
     for live in alive:
