@@ -13,8 +13,8 @@ CONTEXT_IDS = 8  # prompt tokens before a continuation that tell how its first t
 class StoppableText:
     """The text of one growing continuation, up to the first stop string that completes.
 
-    min_tokens: stop strings count once so many tokens have come. seen: characters that have come, of which those
-    after a stop string or in the middle of one were never returned.
+    min_tokens: stop strings count once so many tokens have come. keep: special tokens that show in the text. seen:
+    characters that have come, of which those after a stop string or in the middle of one were never returned.
     """
 
     def __init__(
@@ -25,13 +25,14 @@ class StoppableText:
         prompt: Sequence[int],
         min_tokens: int = 0,
         skip_special_tokens: bool = True,
+        keep: Sequence[str] = (),
     ):
         self.finish: str | None = None
         self.seen = 0
         self._stops = stops
         self._tokens_to_go = min_tokens
         self._held = ""  # may be the start of a stop string
-        self._stream = TextStream(tokenizer, skip_special_tokens=skip_special_tokens)
+        self._stream = TextStream(tokenizer, skip_special_tokens=skip_special_tokens, keep=keep)
         for token in prompt[-CONTEXT_IDS:]:
             self._stream.push(token)
         self._stream.flush()

@@ -270,9 +270,10 @@ class TextStream:
     Characters that need further ids are held back, so what comes out is never a broken piece of one.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True):
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, keep: Iterable[str] = ()):
+        """keep: special tokens that come out all the same, by their spelling."""
         self._tokenizer = tokenizer
-        self._skip = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._skip = tokenizer.special_ids - set(map(tokenizer.token_id, keep)) if skip_special_tokens else frozenset()
         self._byte_runs = tokenizer.has_byte_fallback
         self._ids: list[int] = []  # decoded together: those of the last piece of text, then the pending ones
         self._emitted = 0  # characters of their text that are out already

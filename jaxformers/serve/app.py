@@ -85,7 +85,7 @@ class Server:
             ids = await off_loop(encode_text, self.served, body.prompt, add_special_tokens=add)
         else:
             effort = {} if body.reasoning_effort is None else {"reasoning_effort": body.reasoning_effort}
-            ids = await off_loop(
+            rendered = await off_loop(
                 render_messages,
                 self.served,
                 body.messages,
@@ -93,6 +93,7 @@ class Server:
                 add_generation_prompt=body.add_generation_prompt,
                 variables=body.chat_template_kwargs | effort,
             )
+            ids = rendered.ids
         return JSONResponse({"count": len(ids), "max_model_len": self.served.max_length, "tokens": ids})
 
     async def detokenize(self, http: HttpRequest, body: DetokenizeBody) -> Response:

@@ -68,6 +68,13 @@ def check_ids(served: Served, ids: Sequence[int], *, param: str) -> list[int]:
     return list(ids)
 
 
+class Rendered(NamedTuple):
+    """A conversation as the model reads it."""
+
+    text: str
+    ids: list[int]
+
+
 def render_messages(
     served: Served,
     messages: Sequence[Message],
@@ -75,18 +82,23 @@ def render_messages(
     tools: Sequence[Tool] = (),
     add_generation_prompt: bool = True,
     variables: Mapping[str, Any],
-) -> list[int]:
-    """The ids of a conversation, by the model's own template."""
+) -> Rendered:
+    """A conversation by the model's own template."""
     if taken := RESERVED & variables.keys():
         message = f"chat_template_kwargs may not hold {', '.join(sorted(taken))}"
         raise ApiError(message, param="chat_template_kwargs")
     text = served.tokenizer.render_chat(
         [_turn(message) for message in messages],
-        tools=[{"type": "function", "function": tool.function.model_dump()} for tool in tools] or None,
+        tools=plain_tools(tools) or None,
         add_generation_prompt=add_generation_prompt,
         **variables,
     )
-    return encode_text(served, text, add_special_tokens=False)
+    return Rendered(text, encode_text(served, text, add_special_tokens=False))
+
+
+def plain_tools(tools: Sequence[Tool]) -> list[dict[str, Any]]:
+    """As templates, and readers of calls, take them."""
+    return [{"type": "function", "function": tool.function.model_dump(exclude={"strict"})} for tool in tools]
 
 
 def _turn(message: Message) -> dict[str, Any]:
@@ -218,11 +230,10 @@ class Asked:
             for index in range(self.count)
         ]
 
-    def texts(self, *, skip_special_tokens: bool | None = None) -> list[ContinuationText]:
-        """Where each continuation becomes text."""
+    def texts(self, *, keep: Sequence[str] = ()) -> list[ContinuationText]:
+        """Where each continuation becomes text. keep: special tokens that show in it."""
         body = self._body
-        skip = body.skip_special_tokens if skip_special_tokens is None else skip_special_tokens
-        settings = {"min_tokens": body.min_tokens, "skip_special_tokens": skip}
+        settings = {"min_tokens": body.min_tokens, "skip_special_tokens": body.skip_special_tokens, "keep": keep}
         return [
             ContinuationText(
                 StoppableText(self._served.tokenizer, self._stops.texts, prompt=self.prompt_of(index), **settings)
@@ -234,6 +245,9 @@ class Asked:
         """Tokens that a continuation may have."""
         room = self._served.max_length - len(prompt)
         wanted = max(room, 1) if self._max_new_tokens is None else self._max_new_tokens
+        if self._body.min_tokens > wanted:
+            message = f"min_tokens is {self._body.min_tokens}, more than the {wanted} tokens there may be"
+            raise ApiError(message, param="min_tokens")
         if wanted > room:
             raise too_long(prompt=len(prompt), wanted=wanted, max_length=self._served.max_length)
         return wanted

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -11,7 +12,7 @@ from starlette.responses import Response
 
 from jaxformers.infer.request import Event
 from jaxformers.serve.asking import Asked, Form, compile_constraints, off_loop, render_messages, wanted_form
-from jaxformers.serve.calls import ToolReader, forced_form, reader_for
+from jaxformers.serve.calls import Reader, forced_call, reader_for
 from jaxformers.serve.driver import Driver
 from jaxformers.serve.errors import ApiError
 from jaxformers.serve.protocol import ChatBody
@@ -24,8 +25,7 @@ from jaxformers.serve.usage import usage
 async def converse(http: HttpRequest, body: ChatBody, served: Served, driver: Driver, *, seconds: float) -> Response:
     """The next turn of a conversation."""
     served.adapter(body.model)
-    form = _form(body)
-    tools = () if body.tool_choice == "none" else body.tools
+    tools = [] if body.tool_choice == "none" else body.tools
     effort = {} if body.reasoning_effort is None else {"reasoning_effort": body.reasoning_effort}
     prompt = await off_loop(
         render_messages,
@@ -35,47 +35,64 @@ async def converse(http: HttpRequest, body: ChatBody, served: Served, driver: Dr
         add_generation_prompt=body.add_generation_prompt,
         variables=body.chat_template_kwargs | effort,
     )
-    if not prompt:
+    if not prompt.ids:
         raise ApiError("the chat template makes an empty text of these messages", param="messages")
-    asked = Asked(served, body, [prompt], max_new_tokens=body.new_tokens)
+    asked = Asked(served, body, [prompt.ids], max_new_tokens=body.new_tokens)
+    form = await _form(body, served, prompt.text)
     stop_ids = asked.stop_ids
     constraints = await off_loop(compile_constraints, form, served, asked.count, stop_ids=stop_ids) if form else ()
     told = (body.top_logprobs or 0) if body.logprobs else None
     requests = asked.requests(logprobs=told, constraints=constraints)
-    return await respond(http, driver, requests, ChatAnswer(body, asked, served), stream=body.stream, seconds=seconds)
+    readers = [reader_for(served, tools=tools, prompt=prompt.text) for _ in range(asked.count)]
+    answer = ChatAnswer(body, asked, served, readers)
+    return await respond(http, driver, requests, answer, stream=body.stream, seconds=seconds)
 
 
-def _form(body: ChatBody) -> Form | None:
-    """What the text must be: of a call that must come, or what the body says."""
-    form, forced = wanted_form(body), forced_form(body)
-    if form and forced:
+async def _form(body: ChatBody, served: Served, prompt: str) -> Form | None:
+    """What the text must be: the call that must come, or what the body says."""
+    form = wanted_form(body)
+    if body.tool_choice in (None, "none", "auto"):
+        return form
+    if form is not None:
         raise ApiError("tool_choice and response_format both say what the text must be; give one", param="tool_choice")
-    return form or forced
+    return await off_loop(forced_call, body, served, prompt)
 
 
 class _Turn:
-    """One choice: its text and its calls so far."""
+    """One choice: its text, thoughts and calls so far. reader: tells them apart; None: all is text."""
 
-    def __init__(self, reader: ToolReader | None):
-        self.reader = reader
-        self.content = ""
+    def __init__(self, reader: Reader | None):
         self.calls: dict[int, dict[str, Any]] = {}
         self.entries: list[Placed] = []
+        self._reader = reader
+        self._content = self._reasoning = ""
 
-    def add(self, text: str, deltas: list[dict[str, Any]]) -> None:
-        self.content += text
-        for delta in deltas:
-            call = self.calls.setdefault(
-                delta["index"], {"id": None, "type": "function", "function": {"name": "", "arguments": ""}}
-            )
-            call["id"] = delta.get("id") or call["id"]
-            call["function"]["name"] += delta["function"].get("name") or ""
-            call["function"]["arguments"] += delta["function"].get("arguments") or ""
+    def read(self, piece: Piece, *, parallel: bool) -> dict[str, Any]:
+        """OpenAI's delta of a piece of the text; without `parallel`, calls behind the first are left out."""
+        if self._reader is None:
+            self._content += piece.text
+            return {"content": piece.text} if piece.text else {}
+        found = self._reader.read(piece.text, last=piece.finish is not None)
+        calls = [call for call in found.calls if parallel or call["index"] == 0]
+        self._content += found.content
+        self._reasoning += found.reasoning
+        for call in calls:
+            self._add(call)
+        told = {"content": found.content, "reasoning_content": found.reasoning, "tool_calls": calls}
+        return {name: value for name, value in told.items() if value}
+
+    def _add(self, delta: dict[str, Any]) -> None:
+        if "id" in delta:
+            self.calls[delta["index"]] = {"id": delta["id"], "type": "function", "function": dict(delta["function"])}
+        else:
+            self.calls[delta["index"]]["function"]["arguments"] += delta["function"]["arguments"]
 
     def message(self) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": "assistant", "content": self.content, "refusal": None}
+        message: dict[str, Any] = {"role": "assistant", "content": self._content, "refusal": None}
+        if self._reasoning:
+            message["reasoning_content"] = self._reasoning
         if self.calls:
-            message["content"] = self.content or None
+            message["content"] = self._content or None
             message["tool_calls"] = [self.calls[index] for index in sorted(self.calls)]
         return message
 
@@ -83,7 +100,7 @@ class _Turn:
 class ChatAnswer:
     """A turn as it grows; see `respond.Answer`."""
 
-    def __init__(self, body: ChatBody, asked: Asked, served: Served):
+    def __init__(self, body: ChatBody, asked: Asked, served: Served, readers: Sequence[Reader | None]):
         self._body, self._asked, self._served = body, asked, served
         kind = "chat.completion.chunk" if body.stream else "chat.completion"
         self._head = {
@@ -92,10 +109,9 @@ class ChatAnswer:
             "created": int(time.time()),
             "model": body.model or served.name,
         }
-        readers = [reader_for(body, served) for _ in range(asked.count)]
         self._turns = [_Turn(reader) for reader in readers]
-        # Marks of tool calls are special tokens in some families, so their reader has to see them.
-        self._continued = asked.texts(skip_special_tokens=False if readers[0] and readers[0].sees_special else None)
+        # Marks of calls are special tokens in some families, and have to reach the reader.
+        self._continued = asked.texts(keep=readers[0].marks if readers[0] else ())
 
     def opening(self) -> list[dict[str, Any]]:
         delta = {"role": "assistant", "content": ""}
@@ -104,15 +120,11 @@ class ChatAnswer:
     def take(self, index: int, event: Event) -> list[dict[str, Any]]:
         piece = self._continued[index].take(event)
         turn = self._turns[index]
-        text, deltas = self._read(turn, piece)
-        turn.add(text, deltas)
+        delta = turn.read(piece, parallel=self._body.parallel_tool_calls)
         if not self._body.stream:
             turn.entries += piece.logprobs
             return []
-        chunks = []
-        delta = ({"content": text} if text else {}) | ({"tool_calls": deltas} if deltas else {})
-        if delta or piece.logprobs:
-            chunks.append(self._chunk(index, delta, piece.logprobs))
+        chunks = [self._chunk(index, delta, piece.logprobs)] if delta or piece.logprobs else []
         if piece.finish:
             chunks.append(self._chunk(index, {}, finish=self._reason(index)))
         return chunks
@@ -137,13 +149,6 @@ class ChatAnswer:
 
     def summary(self) -> dict[str, Any]:
         return {**self._usage(), "finish": [text.finish for text in self._continued]}
-
-    def _read(self, turn: _Turn, piece: Piece) -> tuple[str, list[dict[str, Any]]]:
-        """The piece as text and as parts of calls."""
-        if turn.reader is None:
-            return piece.text, []
-        read = turn.reader.read(piece.text, last=piece.finish is not None)
-        return read if self._body.parallel_tool_calls else (read[0], [d for d in read[1] if d["index"] == 0])
 
     def _reason(self, index: int) -> str | None:
         finish = self.finish(index)

@@ -38,6 +38,8 @@ async def complete(
     stop_ids = asked.stop_ids
     constraints = await off_loop(compile_constraints, form, served, asked.count, stop_ids=stop_ids) if form else ()
     told_of_prompt = body.logprobs if body.echo else None
+    if body.max_tokens == 0 and told_of_prompt is None:
+        told_of_prompt = 0  # an engine that makes nothing tells of the prompt, wanted or not
     requests = asked.requests(logprobs=body.logprobs, prompt_logprobs=told_of_prompt, constraints=constraints)
     return await respond(
         http, driver, requests, CompletionAnswer(body, asked, served), stream=body.stream, seconds=seconds
@@ -96,7 +98,8 @@ class CompletionAnswer:
         if index not in self._echoed:
             if self._body.echo:
                 prompt, skip = self._asked.prompt_of(index), self._body.skip_special_tokens
-                told = echo(self._served.tokenizer, prompt, event.prompt_logprobs or (), skip_special=skip)
+                entries = () if self._body.logprobs is None else event.prompt_logprobs or ()
+                told = echo(self._served.tokenizer, prompt, entries, skip_special=skip)
             self._echoed[index] = len(told.text)
         return told
 

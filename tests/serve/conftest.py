@@ -55,14 +55,24 @@ def serve(tokenizer) -> Iterator[Callable[..., Live]]:
     """`serve(Standin(...), settings=...)`: a server that lives until the tests end."""
     alive: list[Live] = []
 
-    def start(engine: Standin | None = None, *, settings: Settings | None = None, wait: bool = True, **fields) -> Live:
+    def start(
+        engine: Standin | None = None,
+        *,
+        settings: Settings | None = None,
+        address: Address = Address(port=0),
+        wait: bool = True,
+        **fields,
+    ) -> Live:
         engine = engine or Standin()
-        listener = listen(Address(port=0))
+        listener = listen(address)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16_384)  # a reader that stops is noticed soon
-        server = Server(served_by(engine, tokenizer, **fields), Options(settings=settings or Settings()))
+        server = Server(
+            served_by(engine, **{"tokenizer": tokenizer} | fields),
+            Options(address=address, settings=settings or Settings()),
+        )
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
-        live = Live(url_of(listener), engine, server, thread)
+        live = Live(url_of(listener, tls=address.certificate is not None), engine, server, thread)
         alive.append(live)
         while wait and live.get("/ready").status_code != 200:
             time.sleep(0.02)

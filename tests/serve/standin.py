@@ -138,8 +138,6 @@ class Standin:
                 break
             tokens.append(token)
             one.made += 1
-            if request.constraint is not None:
-                request.constraint.advance(token)
         if finish is None and one.made == request.max_new_tokens:
             finish = "length"
         self.new_tokens += len(tokens)
@@ -190,10 +188,9 @@ def embed_by_counts(prompts) -> np.ndarray:
     return counts / np.linalg.norm(counts, axis=1, keepdims=True)
 
 
-def served_by(engine: Standin, tokenizer: Tokenizer, **fields) -> Served:
+def served_by(engine: Standin, **fields) -> Served:
     values = {
         "name": "standin",
-        "tokenizer": tokenizer,
         "engine": engine,
         "max_length": engine.max_length,
         "vocab_size": engine.vocab_size,
