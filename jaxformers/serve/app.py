@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
-from importlib.resources import files
 from typing import Any
 
 import numpy as np
@@ -40,8 +39,6 @@ from jaxformers.serve.protocol import (
 from jaxformers.serve.respond import CLIENT_LEFT, read_body
 from jaxformers.serve.security import Guard
 from jaxformers.serve.served import Served, Settings
-
-PAGE = files("jaxformers.serve") / "static" / "index.html"
 
 
 class Server:
@@ -140,7 +137,9 @@ class Server:
         return JSONResponse({"version": self.served.version})
 
     async def page(self, http: HttpRequest) -> Response:
-        return HTMLResponse(PAGE.read_bytes())
+        from jaxformers.serve.page import content_security_policy, page
+
+        return HTMLResponse(page(), headers={"Content-Security-Policy": content_security_policy()})
 
     def routes(self) -> list[Route]:
         """Every route there is."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import httpx
 import pytest
-from standin import Standin, served_by, talkative_tokenizer
+from talker import Talker, served_by, talkative_tokenizer
 
 from jaxformers.serve.served import Settings
 from jaxformers.serving import Address, Options, Server, listen, url_of
@@ -19,7 +19,7 @@ class Live:
     """A server that listens."""
 
     url: str
-    engine: Standin
+    engine: Talker
     server: Server
     thread: threading.Thread
     client: httpx.Client = field(default_factory=lambda: httpx.Client(timeout=30, verify=False))
@@ -52,18 +52,18 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def serve(tokenizer) -> Iterator[Callable[..., Live]]:
-    """`serve(Standin(...), settings=...)`: a server that lives until the tests end."""
+    """`serve(Talker(...), settings=...)`: a server that lives until the tests end."""
     alive: list[Live] = []
 
     def start(
-        engine: Standin | None = None,
+        engine: Talker | None = None,
         *,
         settings: Settings | None = None,
         address: Address = Address(port=0),
         wait: bool = True,
         **fields,
     ) -> Live:
-        engine = engine or Standin()
+        engine = engine or Talker()
         listener = listen(address)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16_384)  # a reader that stops is noticed soon
         server = Server(

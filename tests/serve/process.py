@@ -4,7 +4,7 @@ import signal
 import sys
 from pathlib import Path
 
-from standin import Standin, served_by, talkative_tokenizer
+from talker import Talker, served_by, talkative_tokenizer
 
 from jaxformers import serving
 from jaxformers.serve.served import Limits, Settings
@@ -13,6 +13,6 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, serving._leave_quietly)
     address = serving.Address(port=0)
     settings = Settings(limits=Limits(drain_seconds=float(sys.argv[2])))
-    engine = Standin(pause=0.05, tokens_a_step=1)
+    engine = Talker(pause=0.05, tokens_a_step=1)
     served = served_by(engine, tokenizer=talkative_tokenizer(Path(sys.argv[1])))
     serving.run(served, serving.Options(address=address, settings=settings), serving.listen(address))

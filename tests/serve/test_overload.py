@@ -7,7 +7,7 @@ import time
 
 import httpx
 import pytest
-from standin import Standin
+from talker import Talker
 
 from jaxformers.serve.served import Limits, Settings
 
@@ -32,7 +32,7 @@ def posting(live, body, path="/v1/completions"):
 
 
 def test_a_full_queue_is_told_at_once_and_recovers(serve):
-    live = serve(Standin(slots=2, queue_requests=3, pause=0.005))
+    live = serve(Talker(slots=2, queue_requests=3, pause=0.005))
     live.engine.gate.clear()
     opener = [posting(live, {"prompt": "say hi", "stream": True})] * 5
 
@@ -55,7 +55,7 @@ def test_a_full_queue_is_told_at_once_and_recovers(serve):
 
 
 def test_several_continuations_are_taken_all_or_none(serve):
-    live = serve(Standin(slots=1, queue_requests=4))
+    live = serve(Talker(slots=1, queue_requests=4))
     answer = live.post("/v1/completions", {"prompt": "x", "n": 6})
     assert answer.status_code == 429
     assert live.idle()
@@ -78,7 +78,7 @@ def send_request(live, body, *, receive_buffer=None):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_the_work_of_a_client_that_leaves_ends_within_a_step(serve, stream):
-    live = serve(Standin(pause=0.02, max_length=100_000))
+    live = serve(Talker(pause=0.02, max_length=100_000))
     connection = send_request(live, ENDLESS | {"stream": stream, "max_tokens": 10_000})
     while not live.engine.stats().running:
         time.sleep(0.005)
@@ -91,7 +91,7 @@ def test_the_work_of_a_client_that_leaves_ends_within_a_step(serve, stream):
 
 def test_a_reader_that_does_not_read_holds_back_no_other_and_is_given_up_on(serve):
     limits = Limits(write_seconds=0.5)
-    live = serve(Standin(slots=4, max_length=200_000, pause=0.01), settings=Settings(limits=limits))
+    live = serve(Talker(slots=4, max_length=200_000, pause=0.01), settings=Settings(limits=limits))
     body = ENDLESS | {"stream": True, "max_tokens": 150_000, "logprobs": 5}
     stalled = [send_request(live, body, receive_buffer=4096) for _ in range(2)]
     while live.engine.stats().running < 2:
@@ -122,7 +122,7 @@ def test_a_slow_reader_gets_every_character_in_fewer_chunks(live):
 
 
 def test_a_request_that_takes_too_long_is_given_up(serve):
-    live = serve(Standin(pause=0.02), settings=Settings(limits=Limits(request_seconds=0.2)))
+    live = serve(Talker(pause=0.02), settings=Settings(limits=Limits(request_seconds=0.2)))
     answer = live.post("/v1/completions", ENDLESS)
     assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
     streamed = live.post("/v1/completions", ENDLESS | {"stream": True})
@@ -133,7 +133,7 @@ def test_a_request_that_takes_too_long_is_given_up(serve):
 
 
 def test_before_the_model_is_warm_requests_are_put_off(serve):
-    live = serve(Standin(warming=1.0), wait=False)
+    live = serve(Talker(warming=1.0), wait=False)
     assert live.get("/health").status_code == 200
     for answer in (live.get("/ready"), live.post("/v1/completions", {"prompt": "x"})):
         assert answer.status_code == 503
@@ -144,7 +144,7 @@ def test_before_the_model_is_warm_requests_are_put_off(serve):
 
 
 def test_an_engine_that_fails_is_told_to_everyone_and_ends_the_server(serve):
-    live = serve(Standin())
+    live = serve(Talker())
     live.engine.gate.clear()
 
     async def breaking(client):

@@ -13,7 +13,7 @@ import httpx
 import jax
 import numpy as np
 import pytest
-from standin import Standin
+from talker import Talker
 from tiny import LLAMA, random_params
 
 import jaxformers
@@ -120,7 +120,7 @@ def test_the_verb_loads_a_model_and_serves_it_under_its_own_name(model, tmp_path
 
     def make_engine(loaded, config):
         seen["config"] = config
-        return Standin(max_length=config.max_length, vocab_size=loaded.config.vocab_size)
+        return Talker(max_length=config.max_length, vocab_size=loaded.config.vocab_size)
 
     def run(served, options, listener):
         listener.close()

@@ -5,7 +5,7 @@ import json
 
 import openai
 import pytest
-from standin import talkative_tokenizer
+from talker import talkative_tokenizer
 
 pytest.importorskip("jaxformers.serve.tools")
 

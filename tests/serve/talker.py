@@ -49,7 +49,7 @@ class Running:
 
 
 @dataclass
-class Standin:
+class Talker:
     """Implements `infer.request.Driven`. pause: seconds of a step. broken: what a step raises."""
 
     slots: int = 4
@@ -188,7 +188,7 @@ def embed_by_counts(prompts) -> np.ndarray:
     return counts / np.linalg.norm(counts, axis=1, keepdims=True)
 
 
-def served_by(engine: Standin, **fields) -> Served:
+def served_by(engine: Talker, **fields) -> Served:
     values = {
         "name": "standin",
         "engine": engine,
