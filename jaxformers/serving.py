@@ -124,6 +124,7 @@ class Server(uvicorn.Server):
         app = build_app(served, options.settings)
         self.driver: Driver = app.state.server.driver
         self._drain_seconds = options.settings.limits.drain_seconds
+        self._loop: asyncio.AbstractEventLoop | None = None
         config = uvicorn.Config(
             app,
             http=bounded_protocol(options.settings.limits),
@@ -140,8 +141,8 @@ class Server(uvicorn.Server):
         super().__init__(config)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
         self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
         self._following = asyncio.create_task(self._follow())
 
     async def _follow(self) -> None:
@@ -154,7 +155,8 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         super().handle_exit(sig, frame)
-        self._loop.call_soon_threadsafe(self.driver.drain, self._drain_seconds)
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self.driver.drain, self._drain_seconds)
 
 
 def listen(address: Address) -> socket.socket:

@@ -81,5 +81,5 @@ class Stops(NamedTuple):
 
 def split_stops(stops: Sequence[str], tokenizer: Tokenizer) -> Stops:
     """Tells the stop strings that are special tokens from the others."""
-    special = {tokenizer.token(i): i for i in tokenizer.special_ids}
+    special = {tokenizer.token(i): i for i in tokenizer.special_ids} if stops else {}
     return Stops([special[stop] for stop in stops if stop in special], [stop for stop in stops if stop not in special])

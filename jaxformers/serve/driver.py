@@ -192,7 +192,7 @@ class Driver:
         """Takes no more requests, and ends after `seconds` what still goes on."""
         if not self._draining:
             self._draining = True
-            self._loop.call_later(seconds, self._close_all, unavailable("the server is shutting down"))
+            asyncio.get_running_loop().call_later(seconds, self._close_all, unavailable("the server is shutting down"))
 
     def stop(self) -> None:
         """Ends everything, and waits for the step that is under way."""

@@ -124,6 +124,19 @@ def test_parts_of_a_message_are_joined_and_developers_speak_as_the_system(live):
     assert prompt == "system: be brief\nuser: so,\nsay yes\nso,\nsay yes"
 
 
+def test_templates_read_arguments_of_earlier_calls_as_objects():
+    from jaxformers.serve.asking import _turn
+    from jaxformers.serve.protocol import Message
+
+    def turn(arguments):
+        call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": arguments}}
+        return _turn(Message(role="assistant", tool_calls=[call]))["tool_calls"][0]
+
+    assert turn('{"x": 1}') == {"id": "a", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    assert turn("")["function"]["arguments"] == {}
+    assert turn("no JSON")["function"]["arguments"] == "no JSON"
+
+
 def test_a_streamed_chat_begins_with_its_role_and_ends_with_its_usage(live):
     options = {"include_usage": True, "continuous_usage_stats": True}
     response = chat(live, "say hello", stream=True, stream_options=options, n=2, logprobs=True, top_logprobs=1)
