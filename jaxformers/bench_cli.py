@@ -296,3 +296,31 @@ def _quantity(value: float, unit: str) -> str:
             return f"{value:.1f} {prefix}{unit}"
         value /= 1000
     return f"{value:.1f} P{unit}"
+
+
+@bench_app.command()
+def serve(
+    url: Annotated[str, typer.Argument(help="Where a server listens, such as http://127.0.0.1:8000.")],
+    requests: Annotated[int, typer.Option(help="Requests in all.", min=1)] = 64,
+    rate: Annotated[float | None, typer.Option(help="Arrivals a second; none: a new one as one is over.")] = None,
+    concurrency: Annotated[int, typer.Option(help="Requests at a time, without a rate.", min=1)] = 8,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of a prompt, about.", min=1)] = 128,
+    new_tokens: Annotated[int, typer.Option(help="Tokens of an answer, about.", min=1)] = 64,
+    api_key: Annotated[str | None, typer.Option(help="The server's key.", envvar="JAXFORMERS_API_KEY")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Time requests to a server over HTTP, as `bench engine` times an engine."""
+    import dataclasses
+
+    from jaxformers.bench_engine import Load
+    from jaxformers.bench_serve import bench_serve
+
+    sizes = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
+    load = Load(requests=requests, rate=rate, concurrency=concurrency, **sizes)
+    figures = dataclasses.asdict(bench_serve(url, load, key=api_key))
+    if as_json:
+        print(json.dumps(figures))
+        return
+    for name, value in figures.items():
+        parts = value.items() if isinstance(value, dict) else [("", value)]
+        print(f"{name.replace('_', ' '):20s}", *(f"{label} {number:.4g}".strip() for label, number in parts))

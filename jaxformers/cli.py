@@ -19,6 +19,7 @@ import typer
 from jaxformers.bench_cli import bench_app
 from jaxformers.checkpoint_cli import checkpoint_app
 from jaxformers.data_cli import data_app
+from jaxformers.serve_cli import serve
 
 app = typer.Typer(
     name="jaxformers",
@@ -30,6 +31,7 @@ app = typer.Typer(
 app.add_typer(bench_app, name="bench")
 app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(data_app, name="data")
+app.command()(serve)
 
 Ref = Annotated[
     str,
@@ -296,7 +298,7 @@ def _leave(status: int) -> None:
 
 
 def _set_up_unless_help() -> None:
-    verbs_with_jax = ("train", "generate", "chat", "convert", "bench", "checkpoint")
+    verbs_with_jax = ("train", "generate", "chat", "serve", "convert", "bench", "checkpoint")
     if len(sys.argv) > 1 and sys.argv[1] in verbs_with_jax and not {"-h", "--help"} & set(sys.argv):
         from jaxformers.environment import set_up
 

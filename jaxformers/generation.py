@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from jaxformers.data.tokenizer import TextStream, Tokenizer
+from jaxformers.data.stops import StoppableText, split_stops
 from jaxformers.infer.generate import Finish, Generation, Prepared, prepare_model
 from jaxformers.infer.sampling import SamplingParams
 
@@ -24,7 +24,6 @@ Prompt = str | Sequence[int]
 
 DEFAULT_NEW_TOKENS = 128
 SEEDS = 2**32
-CONTEXT_IDS = 8  # prompt tokens before a continuation that tell how its first token reads
 _FROM_MODEL = ("top_k", "top_p", "min_p", "repetition_penalty")
 
 
@@ -126,7 +125,7 @@ class _Batch(NamedTuple):
 
 def _start(model: Model, rows: Sequence[Sequence[int]], settings: Settings, first_row: int) -> _Batch:
     """A batch that is checked and ready; nothing is computed before it is iterated over."""
-    special, plain = _split_stops(settings.stop_texts, model.tokenizer)
+    special, plain = split_stops(settings.stop_texts, model.tokenizer)
     own_length, own_stops = (model.generation.get(name) for name in ("max_new_tokens", "eos_token_id"))
     generation = Generation(
         prepared(model),
@@ -148,49 +147,6 @@ def _pieces(batch: _Batch, first_row: int) -> Iterator[Piece]:
                 batch.generation.end(row)
             if piece or text.finish:
                 yield Piece(first_row + row, piece, text.finish)
-
-
-class StoppableText:
-    """The text of one growing continuation, up to the first stop string that completes."""
-
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], *, prompt: Sequence[int]):
-        self.finish: Finish | None = None
-        self._stops = stops
-        self._held = ""  # may be the start of a stop string
-        self._stream = TextStream(tokenizer)
-        for token in prompt[-CONTEXT_IDS:]:
-            self._stream.push(token)
-        self._stream.flush()
-
-    def push(self, tokens: Sequence[int], finish: Finish | None) -> str:
-        """The text that is certain now. `finish` is why no more tokens will come, if so."""
-        out = ""
-        for token in tokens:
-            out += self._release(self._stream.push(token))
-            if self.finish:
-                return out
-        if finish:
-            out += self._release(self._stream.flush())
-            if self.finish is None:
-                out, self.finish = out + self._held, finish
-        return out
-
-    def _release(self, text: str) -> str:
-        """`text` after what is held, without what has to be held on to or comes after a stop."""
-        text = self._held + text
-        found = [(text.find(stop) + len(stop), -len(stop)) for stop in self._stops if stop in text]
-        if found:  # the first to end, however the text was cut into pieces; of those, the one that began first
-            end, length = min(found)
-            self.finish = "stop"
-            return text[: end + length]
-        held = max((_overlap(text, stop) for stop in self._stops), default=0)
-        self._held = text[len(text) - held :]
-        return text[: len(text) - held]
-
-
-def _overlap(text: str, stop: str) -> int:
-    """How many of the last characters of `text` are the first of `stop`."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 def sampling_params(settings: Settings, generation: Mapping[str, Any], rows: int, first_row: int = 0) -> SamplingParams:
@@ -218,12 +174,6 @@ def _encode(model: Model, prompt: Prompt) -> Sequence[int]:
     if bos is None:
         raise ValueError("a prompt is empty, and this model has no token that begins a text")
     return [bos]
-
-
-def _split_stops(stops: Sequence[str], tokenizer: Tokenizer) -> tuple[list[int], list[str]]:
-    """The ids of stop strings that are special tokens, which never show in the text, and the other stop strings."""
-    special = {tokenizer.token(i): i for i in tokenizer.special_ids}
-    return [special[stop] for stop in stops if stop in special], [stop for stop in stops if stop not in special]
 
 
 def _first_given(*values: Any) -> Any:

@@ -20,7 +20,7 @@ FIRST_PARTY: dict[str, set[str]] = {
     "data": set(),
     "train": {"models", "parallel", "hub", "data"},
     "infer": {"models", "parallel"},
-    "serve": {"infer", "data.tokenizer"},
+    "serve": {"infer", "data.tokenizer", "data.stops"},
     "evaluate": {"models", "infer"},
     "quantize": {"models", "hub", "infer"},
     "launch": set(),

@@ -192,6 +192,25 @@ class Tokenizer:
         """How the vocabulary spells an id, or None for an id it does not have."""
         return self._text.id_to_token(token_id)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token adds to a text, which may be a part of a character; none for an unknown id."""
+        token = self._text.id_to_token(token_id)
+        if token is None:
+            return b""
+        if (added := self._text.get_added_tokens_decoder().get(token_id)) is not None:
+            return added.content.encode()
+        if isinstance(self._text.decoder, decoders.ByteLevel):
+            return bytes(_BYTES[character] for character in token)
+        if self.has_byte_fallback and _is_byte(token):
+            return bytes([int(token[3:5], 16)])
+        before = self._text.decode(self._anchor, skip_special_tokens=False)
+        return self._text.decode([*self._anchor, token_id], skip_special_tokens=False)[len(before) :].encode()
+
+    @functools.cached_property
+    def _anchor(self) -> list[int]:
+        """An ordinary text's ids: decoders may leave out what begins a text, such as a space."""
+        return self.encode("a", add_special_tokens=False)[-1:]
+
     @functools.cached_property
     def has_byte_fallback(self) -> bool:
         """Whether tokens such as <0xE2> stand for bytes, so that a run of them is read as a whole."""
@@ -349,6 +368,9 @@ def byte_characters() -> Iterator[str]:
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return (chr(byte if byte in printable else next(others)) for byte in range(256))
+
+
+_BYTES = {character: byte for byte, character in enumerate(byte_characters())}
 
 
 def _parse_tokenizer(content: bytes, origin: str) -> tokenizers.Tokenizer:

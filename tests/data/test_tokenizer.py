@@ -405,3 +405,12 @@ def test_no_text_to_learn_from_is_refused(tmp_path):
     data = DataConfig(paths=f"{tmp_path}/*.txt", cache_dir=tmp_path / "cache")
     with pytest.raises(ValueError, match="no text to train a tokenizer on in"):
         build_tokenizer(TokenizerConfig(), data)
+
+
+def test_the_bytes_of_tokens_add_up_to_the_text():
+    trained = train_tokenizer(["naïve 🌍 words, words and more words"] * 3, vocab_size=300)
+    for text in ("words and naïve 🌍", " two  spaces", "<|eos|>x"):
+        ids = trained.encode(text, add_special_tokens=False)
+        assert b"".join(map(trained.token_bytes, ids)).decode() == text
+    assert byte_tokenizer().token_bytes(0xE2) == b"\xe2"
+    assert byte_tokenizer().token_bytes(10_000) == b""

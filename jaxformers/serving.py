@@ -1,0 +1,199 @@
+"""A model behind HTTP: what the `serve` verb composes, from a reference to a process that ends well."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+import numpy as np
+import uvicorn
+
+from jaxformers import __version__
+from jaxformers.api import Model, load
+from jaxformers.generation import prepared
+from jaxformers.infer.embed import Pooling, embed
+from jaxformers.infer.request import Driven, EngineConfig
+from jaxformers.serve import security
+from jaxformers.serve.app import build_app
+from jaxformers.serve.connections import bounded_protocol
+from jaxformers.serve.driver import Driver
+from jaxformers.serve.served import Served, Settings
+
+KEY_VARIABLE = "JAXFORMERS_API_KEY"
+LAST_WORDS_SECONDS = 5  # for answers to leave once the time for requests under way is over
+
+
+@dataclass(frozen=True, kw_only=True)
+class Address:
+    """Where to listen. port 0 takes a free one. certificate and private_key: files, for TLS."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    certificate: Path | None = None
+    private_key: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.private_key is not None and self.certificate is None:
+            raise ValueError("a private key for TLS needs its certificate; give --tls-certificate too")
+        for path in (self.certificate, self.private_key):
+            if path is not None and not path.is_file():
+                raise ValueError(f"{path} is no file; TLS needs a certificate and its key in PEM format")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What `serve` may be told beside the reference. name: what clients call the model; None: the reference's own."""
+
+    address: Address = field(default_factory=Address)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    settings: Settings = field(default_factory=Settings)
+    name: str | None = None
+    pooling: Pooling = "mean"
+    dtype: str | None = None
+    ema: bool = False
+    access_log: bool = True
+
+
+def make_engine(model: Model, config: EngineConfig) -> Driven:
+    """The engine that serves a model."""
+    from jaxformers.infer.engine import Engine
+
+    return Engine(prepared(model), config)
+
+
+def served_model(model: Model, config: EngineConfig, *, name: str, pooling: Pooling = "mean") -> Served:
+    """A loaded model as a server sees it. ValueError for one without a tokenizer."""
+    if model.tokenizer is None:
+        raise ValueError(f"{name} has no tokenizer, so it cannot be served")
+    one_at_a_time = threading.Lock()
+
+    def embed_alone(prompts: Sequence[Sequence[int]]) -> np.ndarray:
+        with one_at_a_time:
+            return embed(prepared(model), prompts, pooling=pooling)
+
+    return Served(
+        name=name,
+        tokenizer=model.tokenizer,
+        engine=make_engine(model, config),
+        max_length=config.max_length or model.config.context_length,
+        vocab_size=model.config.vocab_size,
+        family=model.config.family,
+        generation=model.generation,
+        embed=embed_alone,
+        version=__version__,
+    )
+
+
+def serve(ref: str, options: Options) -> None:
+    """Serves what `ref` means until the process is told to end; says where it listens, and `ready` once warm.
+
+    SIGTERM lets requests under way finish, for as long as the settings say, and ends with status 0. ValueError or
+    OSError for whatever keeps it from serving; RuntimeError once the engine has failed.
+    """
+    signal.signal(signal.SIGTERM, _leave_quietly)
+    listener = listen(options.address)
+    model = load(ref, dtype=options.dtype, ema=options.ema)
+    served = served_model(model, options.engine, name=options.name or _own_name(ref), pooling=options.pooling)
+    run(served, options, listener)
+
+
+def run(served: Served, options: Options, listener: socket.socket) -> None:
+    """Serves until told to end, on a socket that listens already."""
+    if options.access_log:
+        _log_requests()
+    server = Server(served, options)
+    tls = options.address.certificate is not None
+    print(f"{served.name} listens at {url_of(listener, tls=tls)}", flush=True)
+    server.run(sockets=[listener])
+    if server.driver.failure is not None:
+        raise RuntimeError("the engine has failed") from server.driver.failure
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which says when the engine is ready, ends with it, and drains when told to end."""
+
+    def __init__(self, served: Served, options: Options):
+        app = build_app(served, options.settings)
+        self.driver: Driver = app.state.server.driver
+        self._drain_seconds = options.settings.limits.drain_seconds
+        self._loop: asyncio.AbstractEventLoop | None = None
+        config = uvicorn.Config(
+            app,
+            http=bounded_protocol(options.settings.limits),
+            ws="none",
+            lifespan="on",
+            access_log=False,
+            log_config=None,
+            server_header=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=int(self._drain_seconds) + LAST_WORDS_SECONDS,
+            ssl_certfile=options.address.certificate,
+            ssl_keyfile=options.address.private_key,
+        )
+        super().__init__(config)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+        self._following = asyncio.create_task(self._follow())
+
+    async def _follow(self) -> None:
+        ready, broken = (asyncio.create_task(event.wait()) for event in (self.driver.ready, self.driver.broken))
+        await asyncio.wait((ready, broken), return_when=asyncio.FIRST_COMPLETED)
+        if ready.done():
+            print("ready", flush=True)
+        await broken
+        self.should_exit = True
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        super().handle_exit(sig, frame)
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self.driver.drain, self._drain_seconds)
+
+
+def listen(address: Address) -> socket.socket:
+    """A socket that listens, so that an address in use is told before a model is loaded."""
+    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    try:
+        return socket.create_server((address.host, address.port), family=family, backlog=2048)
+    except (OSError, OverflowError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ValueError(f"cannot listen at {address.host}, port {address.port}: {why}") from None
+
+
+def url_of(listener: socket.socket, *, tls: bool = False) -> str:
+    """Where clients find the server."""
+    host, port = listener.getsockname()[:2]
+    return f"http{'s' if tls else ''}://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def hosts_to_answer(address: Address, *, has_key: bool, insecure: bool) -> tuple[str, ...]:
+    """The names that clients may call the server by. Without a key, on loopback, a page of another site must not reach
+    it by a name of its own that leads here; elsewhere any name will do. Refuses to serve everyone by accident."""
+    security.check_exposure(address.host, has_key=has_key, insecure=insecure)
+    return () if has_key or insecure else (*security.LOOPBACK_HOSTS, address.host)
+
+
+def _own_name(ref: str) -> str:
+    return Path(ref).resolve().name if Path(ref).exists() else ref
+
+
+def _log_requests() -> None:
+    """The access log, on standard error."""
+    access = logging.getLogger("jaxformers.access")
+    if not access.handlers:
+        access.addHandler(logging.StreamHandler())
+    access.setLevel(logging.INFO)
+    access.propagate = False
+
+
+def _leave_quietly(sig: int, frame: FrameType | None) -> None:
+    sys.exit(0)
