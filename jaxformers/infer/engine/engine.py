@@ -67,7 +67,7 @@ class Engine:
             dtype=runtime.dtype,
         )
         self._state = jax.device_put(state, _everywhere(model.params))
-        self._pages = Pages(sizes.pages)
+        self.pages = Pages(sizes.pages)
         self._piece_pages = config.prefill_piece // config.page_size
         self._running: dict[int, Running] = {}  # by slot
         self._lock = threading.Lock()  # for what other threads touch: the next four
@@ -132,10 +132,10 @@ class Engine:
             running=len(self._running),
             waiting=waiting,
             waiting_tokens=waiting_tokens,
-            pages_total=self._pages.total,
-            pages_used=self._pages.used,
-            pages_cached=self._pages.cached,
-            pages_free=self._pages.free,
+            pages_total=self.pages.total,
+            pages_used=self.pages.used,
+            pages_cached=self.pages.cached,
+            pages_free=self.pages.free,
             compilations_after_ready=sums.pop("compilations"),
             **sums,
         )
@@ -187,9 +187,9 @@ class Engine:
         there is no room."""
         request, piece = waiting.request, self.config.prefill_piece
         digests = self._digests(request)
-        shared = self._pages.find(digests) if request.prompt_logprobs is None else []
+        shared = self.pages.find(digests) if request.prompt_logprobs is None else []
         needed = pages_needed(request, self.config.page_size)
-        pages = self._pages.take(shared, needed - len(shared))
+        pages = self.pages.take(shared, needed - len(shared))
         if pages is None:
             return None
         slot = min(set(range(self.config.slots)) - self._running.keys())
@@ -214,7 +214,7 @@ class Engine:
         """Takes a request's slot and pages from it: the only place where that is done."""
         self._state = programs.release(self._state, np.int32(run.slot))
         del self._running[run.slot]
-        self._pages.give_back(run.pages)
+        self.pages.give_back(run.pages)
         self._sums["cancelled" if finish == "cancelled" else "finished"] += 1
 
     def _padded(self, pages: list[int]) -> np.ndarray:
@@ -252,7 +252,7 @@ class Engine:
             run.scored += told(tokens[1 : count + 1], logprobs, run.request.prompt_logprobs)
         number = run.read // size
         if number < len(run.digests):
-            self._pages.remember(
+            self.pages.remember(
                 run.digests[number], run.pages[run.read // self.config.page_size :][: self._piece_pages]
             )
         run.read += size
@@ -261,13 +261,13 @@ class Engine:
         """Whether others have read what a request would read next: its own pages for that go, and theirs come."""
         if run.request.prompt_logprobs is not None:
             return False
-        known, have = self._pages.find(run.digests), run.read // self.config.page_size
+        known, have = self.pages.find(run.digests), run.read // self.config.page_size
         if len(known) <= have:
             return False
         own, new = run.pages[have : len(known)], known[have:]
-        taken = self._pages.take(new, 0)
+        taken = self.pages.take(new, 0)
         assert taken == new
-        self._pages.give_back(own)
+        self.pages.give_back(own)
         run.pages[have : len(known)] = new
         self._give_slot(run)
         run.read = len(known) * self.config.page_size
