@@ -287,7 +287,7 @@ def test_requests_wait_until_there_is_room_for_all_their_tokens():
 
 def test_lower_priorities_come_first_and_then_the_order_of_arrival(ready):
     order = []
-    first = [ready.submit(greedy(ids(4), new=2, priority=priority)) for priority in (0, 1, -1, 1, 0, -1, 0, 1)][0]
+    first, *_ = [ready.submit(greedy(ids(4), new=2, priority=priority)) for priority in (0, 1, -1, 1, 0, -1, 0, 1)]
     while ready.has_work():
         order += [event.request - first for event in ready.step() if event.finish]
     assert [set(order[:3]), set(order[3:6]), set(order[6:])] == [{2, 5, 0}, {4, 6, 1}, {3, 7}]

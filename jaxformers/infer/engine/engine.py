@@ -80,6 +80,11 @@ class Engine:
             ("prompt_tokens", "cached_prompt_tokens", "new_tokens", "finished", "cancelled", "compilations"), 0
         )
 
+    @property
+    def vocab_size(self) -> int:
+        """How many ids the model has."""
+        return self._cfg.vocab_size
+
     def submit(self, request: Request) -> int:
         """The number of the request, which waits from now on. ValueError in one line for one that this engine could
         never answer; QueueFull where too much waits."""
