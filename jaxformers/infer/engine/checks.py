@@ -15,7 +15,7 @@ from jaxformers.infer.request import EngineConfig, Request
 from jaxformers.infer.sampling import SamplingParams
 from jaxformers.models.config import ModelConfig
 
-KEY_BLOCK = 256  # keys that attention looks at together: enough to be worth a step of a loop
+KEY_BLOCK = 128  # keys that attention looks at together: more wastes time on short rows, fewer on the loop
 
 
 @dataclass(frozen=True)
