@@ -148,8 +148,8 @@ class DecodeReport:
     bandwidth_share: float
 
 
-def as_dict(report: TrainReport | DecodeReport) -> dict[str, Any]:
-    """The report as nested mappings of plain numbers, for JSON."""
+def as_dict(report: Any) -> dict[str, Any]:
+    """A report, a dataclass, as nested mappings of plain numbers, for JSON."""
     return dataclasses.asdict(report)
 
 
@@ -251,10 +251,7 @@ def bench_decode(
     ):
         if value < least:
             raise ValueError(f"{setting} is {value}; it must be at least {least}")
-    mesh = single_device_mesh()
-    params = jax.jit(lambda key: init_params(cfg, key, dtype=dtype))(jax.random.key(0))
-    model = prepare_model(params, cfg, mesh, dtype=dtype)
-    del params
+    mesh, model = single_device_mesh(), random_prepared(cfg, dtype)
     prompts = np.random.default_rng(0).integers(0, cfg.vocab_size, (batch_size, prompt_tokens)).tolist()
     with jax.set_mesh(mesh):
         with _empty_compilation_cache():
@@ -265,6 +262,12 @@ def bench_decode(
     machine = measure_machine([mesh.devices.flat[0]], dtype)
     run = _Decoding(cfg, batch_size, prompt_tokens, new_tokens, dtype)
     return _decode_report(run, times, compile, memory, machine, name)
+
+
+def random_prepared(cfg: ModelConfig, dtype: str) -> Prepared:
+    """A model with random weights on the first device, ready to generate."""
+    params = jax.jit(lambda key: init_params(cfg, key, dtype=dtype))(jax.random.key(0))
+    return prepare_model(params, cfg, single_device_mesh(), dtype=dtype)
 
 
 @dataclass(frozen=True)

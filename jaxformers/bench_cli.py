@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from jaxformers.bench import DecodeReport, Machine, Memory, Seconds, Shape, TrainReport
+    from jaxformers.bench_engine import EngineReport, Load, Quantiles
     from jaxformers.config import RunConfig
     from jaxformers.models.config import ModelConfig
 
@@ -128,6 +129,46 @@ def decode(
     _show(report, _decode_rows(report), as_json)
 
 
+@bench_app.command()
+def engine(
+    target: Annotated[
+        str | None, typer.Argument(help="A reference, or a YAML config, whose architecture to take.")
+    ] = None,
+    preset: Preset = None,
+    requests: Annotated[int, typer.Option(help="Requests in all.")] = 64,
+    rate: Annotated[
+        float | None, typer.Option(help="Requests a second, at random moments; a closed loop where it is left out.")
+    ] = None,
+    concurrency: Annotated[int, typer.Option(help="Requests under way at any time, in a closed loop.")] = 8,
+    prompt: Annotated[int, typer.Option(help="Tokens in a prompt, on average.")] = 128,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to add to it, on average.")] = 64,
+    spread: Annotated[float, typer.Option(help="By which part of itself a length varies, both ways.")] = 0.5,
+    shared: Annotated[int, typer.Option(help="Tokens that all prompts begin with.")] = 0,
+    slots: Annotated[int, typer.Option(help="Requests decoded at a time.")] = 8,
+    dtype: Annotated[Dtype, typer.Option(help="Of weights and computation.")] = "float32",
+    as_json: Json = False,
+) -> None:
+    """Time requests that share one engine on the first device."""
+    cfg = architecture(target, preset)
+    from jaxformers.bench import random_prepared
+    from jaxformers.bench_engine import Load, bench_engine
+    from jaxformers.infer.engine import Engine
+    from jaxformers.infer.request import EngineConfig
+
+    load = Load(
+        requests=requests,
+        rate=rate,
+        concurrency=concurrency,
+        prompt_tokens=prompt,
+        new_tokens=new_tokens,
+        spread=spread,
+        shared=shared,
+    )
+    sizes = EngineConfig(slots=slots, max_length=load.longest, queue_requests=requests, queue_tokens=10**9)
+    report = bench_engine(Engine(random_prepared(cfg, dtype), sizes), load)
+    _show(report, _engine_rows(report, load, slots), as_json)
+
+
 def train_config(target: str | None, preset: str | None, overrides: list[str]) -> RunConfig:
     """The run to time: a config file's, or one around the architecture of a reference or preset."""
     from jaxformers.config import load_config
@@ -182,7 +223,9 @@ def _is_config(target: str) -> bool:
     return Path(target).suffix in (".yaml", ".yml")
 
 
-def _show(report: TrainReport | DecodeReport, rows: Iterable[tuple[str, str] | None], as_json: bool) -> None:
+def _show(
+    report: TrainReport | DecodeReport | EngineReport, rows: Iterable[tuple[str, str] | None], as_json: bool
+) -> None:
     from rich.console import Console
 
     from jaxformers.bench import as_dict
@@ -247,6 +290,32 @@ def _decode_rows(report: DecodeReport) -> list[tuple[str, str] | None]:
         ("of the bandwidth", f"{report.bandwidth_share:.1%}"),
         ("MFU", _mfu(report.mfu, None)),
     ]
+
+
+def _engine_rows(report: EngineReport, load: Load, slots: int) -> list[tuple[str, str] | None]:
+    loop = f"{load.concurrency} at any time" if load.rate is None else f"{load.rate:g} a second, at random"
+    shared = f", {load.shared} of them shared" if load.shared else ""
+    return [
+        ("requests", f"{report.requests}, {loop}, over {slots} slots"),
+        ("lengths", f"about {load.prompt_tokens} tokens{shared}, and {load.new_tokens} new ones"),
+        None,
+        (
+            "throughput",
+            f"{report.tokens_per_second:,.1f} new tokens per second, {report.requests / report.seconds:.2f} "
+            f"requests per second",
+        ),
+        ("first token", _quantiles(report.first_token)),
+        ("between tokens", _quantiles(report.between_tokens)),
+        ("whole answer", _quantiles(report.whole)),
+        None,
+        ("prefix cache", f"{report.hit_rate:.1%} of the prompts' tokens found"),
+        ("compilations", f"{report.compilations} after {report.warm_up:.1f} s of warming up"),
+    ]
+
+
+def _quantiles(seconds: Quantiles) -> str:
+    median, p90, p99 = (f"{value * 1e3:,.1f}" for value in (seconds.median, seconds.p90, seconds.p99))
+    return f"{median} ms (p90 {p90}, p99 {p99})"
 
 
 def _model_rows(model: Shape, dtype: str) -> list[tuple[str, str]]:

@@ -93,8 +93,9 @@ class EngineConfig:
     slots: requests decoded at a time. max_length: tokens of a prompt and its continuation at most; None: the model's
     context length. cache_tokens: what the paged cache holds of all requests and of the prefixes kept for later; None:
     slots * max_length. page_size: tokens of a page. prefill_chunk: tokens of a prompt that are read between two
-    decoding steps. decode_steps: tokens of each request between two looks at the host. queue_requests, queue_tokens:
-    what may wait. prefix_cache: whether prompts find what others have read.
+    decoding steps, in pieces of prefill_piece, which stand at multiples of their size; a prefix is found in whole
+    pieces. decode_steps: tokens of each request between two looks at the host. queue_requests, queue_tokens: what may
+    wait. prefix_cache: whether prompts find what others have read.
     """
 
     slots: int = 8
@@ -102,6 +103,7 @@ class EngineConfig:
     cache_tokens: int | None = None
     page_size: int = 16
     prefill_chunk: int = 256
+    prefill_piece: int = 64
     decode_steps: int = 4
     queue_requests: int = 256
     queue_tokens: int = 1_000_000

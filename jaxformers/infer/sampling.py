@@ -181,9 +181,9 @@ def sample(
     tokens = jnp.argmax(penalised, axis=-1)
     if not plan.greedy_only:
         drawable = filter_logits(penalised, params, search=plan.filters)
-        drawn = _first_best(drawable + _gumbel(params.seed, positions, logits.shape[-1]))
+        drawn = first_best(drawable + gumbel(params.seed, positions, logits.shape[-1]))
         tokens = jnp.where(params.temperature < SMALLEST_TEMPERATURE, tokens, drawn)
-    chosen = _logprobs_of(logits, tokens) if logprobs else None
+    chosen = logprobs_of(logits, tokens) if logprobs else None
     return Sampled(tokens.astype(jnp.int32), chosen)
 
 
@@ -247,7 +247,7 @@ def _widest_with_less_before(enough: jax.Array, gaps: jax.Array, weights: jax.Ar
     return jax.lax.bitcast_convert_type(jnp.minimum(found, infinity), jnp.float32)
 
 
-def _gumbel(seeds: jax.Array, positions: jax.Array, vocab_size: int) -> jax.Array:
+def gumbel(seeds: jax.Array, positions: jax.Array, vocab_size: int) -> jax.Array:
     """Gumbel noise [B, V]; adding it to logits makes the argmax a draw from their softmax."""
 
     def row(seed: jax.Array, position: jax.Array) -> jax.Array:
@@ -258,11 +258,11 @@ def _gumbel(seeds: jax.Array, positions: jax.Array, vocab_size: int) -> jax.Arra
     return jax.vmap(row)(seeds, positions)
 
 
-def _first_best(values: jax.Array) -> jax.Array:
+def first_best(values: jax.Array) -> jax.Array:
     # An argmax, in the form whose passes XLA:CPU vectorizes: over values made on the spot, a third of argmax's time.
     return jnp.argmax(values == values.max(axis=-1, keepdims=True), axis=-1)
 
 
-def _logprobs_of(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+def logprobs_of(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)

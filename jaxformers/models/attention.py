@@ -189,6 +189,7 @@ def mla(
         keys = ctx.read(cache["latent"])
         absorbed = jnp.einsum("bthn,rhn->bthr", q_nope, p["k_b"].astype(x.dtype))
         q = ctx.shard(jnp.concatenate([absorbed, q_rope], -1), "batch", "seq", "heads", None)
-        y = ctx.attend(q, keys, keys[..., : m.kv_rank], ctx.visible_in_cache(keys), scores)
+        # The values are the keys but for the rotated dims, which are left out behind: keys may be no array to cut.
+        y = ctx.attend(q, keys, keys, ctx.visible_in_cache(keys), scores)[..., : m.kv_rank]
         y = jnp.einsum("bthr,rhm->bthm", y, p["v_b"].astype(x.dtype))
     return linear(ctx.save(y, "mixed"), p["o"], n_in=2), cache

@@ -145,7 +145,7 @@ def fold(
         def step(n: jax.Array, so_far: Softmax) -> Softmax:
             j = order[n]
             visible = _pair(standing, places, j)
-            logits = _shaped(_products(q, k[j]), visible, scores, slopes)
+            logits = softmax_logits(_products(q, k[j]), visible, scores, slopes)
             mask = visible.mask(scores.window)[:, None, None]
             top = jnp.maximum(so_far.top, jnp.where(mask, logits, MASKED).max(-1))
             weights = jnp.where(mask, jnp.exp(logits - top[..., None]), 0.0)
@@ -211,7 +211,7 @@ def pull_back(
         def step(n: jax.Array, so_far: Gradients) -> Gradients:
             j = order[n]
             visible = _pair(standing, places, j)
-            shape = partial(_shaped, visible=visible, scores=scores, slopes=slopes)
+            shape = partial(softmax_logits, visible=visible, scores=scores, slopes=slopes)
             logits, pull = jax.vjp(shape, _products(q, k[j]))
             mask = visible.mask(scores.window)[:, None, None]
             weights = jnp.where(mask, jnp.exp(logits - output.lse[..., None]), 0.0)
@@ -238,7 +238,7 @@ def _products(q: jax.Array, k: jax.Array) -> jax.Array:
     return jnp.einsum("bkgtn,bksn->bkgts", q, k, preferred_element_type=jnp.float32)
 
 
-def _shaped(products: jax.Array, visible: Visibility, scores: Scores, slopes: jax.Array | None) -> jax.Array:
+def softmax_logits(products: jax.Array, visible: Visibility, scores: Scores, slopes: jax.Array | None) -> jax.Array:
     """Softmax logits float32 [B, K, G, b, c] of raw products of that shape, before the mask."""
     logits = softcap(products * scores.scale, scores.softcap)
     if slopes is None:

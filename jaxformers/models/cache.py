@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jaxformers.models.config import LayerKind, ModelConfig
 
-LayerCache = dict[str, jax.Array]
+LayerCache = dict[str, Any]  # of arrays [B, S, ...], or of what stands for one in pages (`paged.Paged`)
 Cache = list[LayerCache]
 
 
@@ -34,8 +34,14 @@ def _layer_cache(cfg: ModelConfig, kind: LayerKind, batch: int, slots: int, dtyp
 
 def write(cache: LayerCache, positions: jax.Array, **new: jax.Array) -> LayerCache:
     """The cache with new [B, T, ...] entries at positions int32 [B, T]. Positions past the last slot are dropped."""
+    return {name: _written(cache[name], positions, value) for name, value in new.items()}
+
+
+def _written(buffer: Any, positions: jax.Array, value: jax.Array) -> Any:
+    if not isinstance(buffer, jax.Array):
+        return buffer.write(positions, value)  # it knows its own places: a `paged.Paged`
     rows = jnp.arange(positions.shape[0])[:, None]
-    return {name: cache[name].at[rows, positions].set(value.astype(cache[name].dtype)) for name, value in new.items()}
+    return buffer.at[rows, positions].set(value.astype(buffer.dtype))
 
 
 def cache_slots(cache: Cache) -> int:

@@ -102,17 +102,19 @@ def hidden_states(
     segment_ids: jax.Array | None = None,
     cache: Cache | None = None,
     read_slots: int | None = None,
+    last: jax.Array | None = None,
     runtime: Runtime = Runtime(),
 ) -> Hidden:
     """Runs all layers over tokens int32 [B, T].
 
     positions int32 [B, T] default to 0, 1, ...; segment_ids int32 [B, T] separate documents packed into a row. With
     a cache, this call's keys are written at `positions` and queries see all of it (its first `read_slots` slots); a
-    row is then one document. Parameters are the plain tree or `layout.prepare`'s.
+    row is then one document. `last` int32 [B] is where each row ends of which this call is a part. Parameters are the
+    plain tree or `layout.prepare`'s.
     """
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    ctx = make_context(cfg, runtime, positions, segment_ids, read_slots=read_slots)
+    ctx = make_context(cfg, runtime, positions, segment_ids, read_slots=read_slots, last=last)
     if "layers" in params and (cache is not None or runtime.layers == "unroll"):
         params = unstack(params, cfg)
     x = embed(params, cfg, tokens, positions, runtime)
@@ -129,9 +131,10 @@ def make_context(
     segment_ids: jax.Array | None,
     *,
     read_slots: int | None = None,
+    last: jax.Array | None = None,
 ) -> Context:
     """What the layers share about tokens at `positions` int32 [B, T] in documents `segment_ids` int32 [B, T]."""
-    turns = rotations(cfg, positions)
+    turns = rotations(cfg, positions, last)
     return Context(positions, segment_ids, turns, runtime.shard, runtime.attend, runtime.experts, read_slots)
 
 

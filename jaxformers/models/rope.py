@@ -63,42 +63,45 @@ def _yarn(base: np.ndarray, rope: Rope, s: YarnScaling) -> np.ndarray:
     return base * (1 - interpolate + interpolate / s.factor)
 
 
-def rotation(rope: Rope, positions: jax.Array) -> Rotation:
+def rotation(rope: Rope, positions: jax.Array, last: jax.Array | None = None) -> Rotation:
     """The rotation of each position. positions int32 [B, T].
 
-    Under a dynamic scaling or LongRoPE the frequencies depend on the longest position of each row of this call, as in
-    the reference implementation; keys already in a cache keep those that they were written with.
+    Under a dynamic scaling or LongRoPE the frequencies depend on the last position of each row of this call (or on
+    `last` int32 [B], where the call is a part of a longer one), as in the reference implementation; keys already in a
+    cache keep those that they were written with.
     """
+    last = positions.max(axis=1) if last is None else last
     inverse = jnp.asarray(inverse_frequencies(rope), jnp.float32)
     factor: float | jax.Array = rope.scaling.attention_factor if isinstance(rope.scaling, YarnScaling) else 1.0
     if isinstance(rope.scaling, DynamicScaling):
-        inverse = _dynamic(rope, rope.scaling, positions)
+        inverse = _dynamic(rope, rope.scaling, last)
     elif isinstance(rope.scaling, LongRopeScaling):
-        inverse, factor = _long(rope.scaling, inverse, positions)
+        inverse, factor = _long(rope.scaling, inverse, last)
     angles = positions[:, :, None, None].astype(jnp.float32) * inverse
     sin = jnp.sin(angles)
     return Rotation((-sin if rope.backward else sin) * factor, jnp.cos(angles) * factor)
 
 
-def _long(s: LongRopeScaling, inverse: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _long(s: LongRopeScaling, inverse: jax.Array, last: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Inverse frequencies and factor of each row, [B, 1, 1, R/2] and [B, 1, 1, 1]."""
-    is_long = (positions.max(axis=1) >= s.original_positions)[:, None, None, None]
+    is_long = (last >= s.original_positions)[:, None, None, None]
     divisors = jnp.where(is_long, jnp.asarray(s.long, jnp.float32), jnp.asarray(s.short, jnp.float32))
     return inverse / divisors, jnp.where(is_long, jnp.float32(s.long_factor), jnp.float32(s.short_factor))
 
 
-def _dynamic(rope: Rope, s: DynamicScaling, positions: jax.Array) -> jax.Array:
+def _dynamic(rope: Rope, s: DynamicScaling, last: jax.Array) -> jax.Array:
     """Inverse frequencies of each row, [B, 1, 1, R/2]."""
-    length = jnp.maximum(positions.max(axis=1) + 1, s.original_positions).astype(jnp.float32)
+    length = jnp.maximum(last + 1, s.original_positions).astype(jnp.float32)
     growth = s.factor * length / s.original_positions - (s.factor - 1)
     theta = rope.theta * growth ** (rope.dim / (rope.dim - 2))
     exponents = jnp.asarray(np.arange(0, rope.dim, 2) / rope.dim, jnp.float32)
     return theta[:, None, None, None] ** -exponents
 
 
-def rotations(cfg: ModelConfig, positions: jax.Array) -> dict[Rope, Rotation]:
+def rotations(cfg: ModelConfig, positions: jax.Array, last: jax.Array | None = None) -> dict[Rope, Rotation]:
     """One rotation for each distinct rope of the model, computed once for all layers."""
-    return {rope: rotation(rope, positions) for rope in dict.fromkeys(k.rope for k in cfg.layers) if rope is not None}
+    ropes = [rope for rope in dict.fromkeys(k.rope for k in cfg.layers) if rope is not None]
+    return {rope: rotation(rope, positions, last) for rope in ropes}
 
 
 def rotate(x: jax.Array, rope: Rope, by: Rotation) -> jax.Array:

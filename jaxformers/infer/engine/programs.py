@@ -1,0 +1,149 @@
+"""The programs of an engine: pure functions from its state to its state. There are no others, and each has one shape.
+
+B slots, C tokens of a piece of a prompt, V vocabulary, W pages of a slot at most, n tokens made in a call at most
+"""
+
+from __future__ import annotations
+
+import functools
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from jaxformers.infer.engine.choosing import Logprobs, choose
+from jaxformers.infer.engine.state import IDLE, Rows, State
+from jaxformers.models.config import ModelConfig
+from jaxformers.models.decoder import gather_shared, hidden_states, unembed
+from jaxformers.models.paged import NOWHERE
+from jaxformers.models.params import Params
+from jaxformers.models.runtime import Runtime
+
+NO_TOKEN = -1
+
+
+@flax.struct.dataclass
+class Decoded:
+    """What a call made: tokens int32 [B, n], NO_TOKEN where a slot made none, and their log-probabilities."""
+
+    tokens: jax.Array
+    logprobs: Logprobs
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def admit(state: State, slot: jax.Array, pages: jax.Array, row: Rows) -> State:
+    """Gives a slot to a request: its pages int32 [W], and what it needs of the slot. It makes no token yet."""
+    rows = jax.tree.map(lambda every, one: every.at[slot].set(one), state.rows, row)
+    return state.replace(table=state.table.at[slot].set(pages), rows=rows)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "runtime"), donate_argnames="state")
+def prefill_chunk(
+    params: Params,
+    state: State,
+    slot: jax.Array,
+    tokens: jax.Array,
+    start: jax.Array,
+    length: jax.Array,
+    *,
+    cfg: ModelConfig,
+    runtime: Runtime,
+) -> tuple[State, jax.Array]:
+    """Reads tokens int32 [C] of a prompt of `length` into the cache, those from position `start` on, and what the
+    layers made of them [C, D].
+
+    The prompt's last token is not read here: decoding begins with it, so that what follows a prompt is always computed
+    in one way.
+    """
+    params = gather_shared(params, cfg, runtime)
+    positions = start + jnp.arange(tokens.shape[0], dtype=jnp.int32)
+    positions = jnp.where(positions < length - 1, positions, -1)
+    table = state.table[slot][None]
+    hidden = hidden_states(
+        params,
+        cfg,
+        tokens[None],
+        positions=positions[None],
+        cache=state.cache(table),
+        last=(length - 1)[None],
+        runtime=runtime,
+    )
+    return state.with_cache(hidden.cache), hidden.x[0]
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "runtime"))
+def score(params: Params, x: jax.Array, tokens: jax.Array, *, cfg: ModelConfig, runtime: Runtime) -> Logprobs:
+    """The log-probabilities of the tokens int32 [C] behind those that the layers made x [C, D] of."""
+    return Logprobs.of(unembed(gather_shared(params, cfg, runtime), cfg, x, runtime), tokens)
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def start(state: State, slot: jax.Array, token: jax.Array, position: jax.Array) -> State:
+    """Lets a slot make tokens: behind `token`, the last one of its prompt."""
+    rows = state.rows
+    token, position = rows.token.at[slot].set(token), rows.position.at[slot].set(position)
+    return state.replace(rows=rows.replace(token=token, position=position))
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def allow(state: State, slot: jax.Array, tokens: jax.Array) -> State:
+    """Says which tokens bool [V] may come next in a slot."""
+    return state.replace(rows=state.rows.replace(allowed=state.rows.allowed.at[slot].set(tokens)))
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def release(state: State, slot: jax.Array) -> State:
+    """Takes a slot, and its pages, from its request."""
+    rows = state.rows.replace(position=state.rows.position.at[slot].set(IDLE))
+    return state.replace(table=state.table.at[slot].set(NOWHERE), rows=rows)
+
+
+@functools.partial(jax.jit, static_argnames=("most", "cfg", "runtime"), donate_argnames="state")
+def decode(
+    params: Params, state: State, count: jax.Array, *, most: int, cfg: ModelConfig, runtime: Runtime
+) -> tuple[State, Decoded]:
+    """Up to `count` more tokens in every slot that makes some; n is `most`.
+
+    A slot goes idle behind a stop id, which is told too, and behind the last token of its request.
+    """
+    params = gather_shared(params, cfg, runtime)
+    slots = state.table.shape[0]
+    nothing = Logprobs.nothing(slots, most, vocab_size=cfg.vocab_size)
+    made = Decoded(jnp.full((slots, most), NO_TOKEN, jnp.int32), nothing)
+
+    def goes_on(carry: tuple[jax.Array, State, Decoded]) -> jax.Array:
+        i, state, _ = carry
+        return (i < count) & (state.rows.position != IDLE).any()
+
+    def extend(carry: tuple[jax.Array, State, Decoded]) -> tuple[jax.Array, State, Decoded]:
+        i, state, made = carry
+        state, new = _step(params, state, cfg, runtime)
+        return i + 1, state, jax.tree.map(lambda every, one: every.at[:, i].set(one), made, new)
+
+    _, state, made = jax.lax.while_loop(goes_on, extend, (jnp.int32(0), state, made))
+    return state, made
+
+
+def _step(params: Params, state: State, cfg: ModelConfig, runtime: Runtime) -> tuple[State, Decoded]:
+    """One more token in every slot: what `decode` repeats, with leaves [B, ...]."""
+    rows = state.rows
+    active = rows.position != IDLE
+    hidden = hidden_states(
+        params,
+        cfg,
+        rows.token[:, None],
+        positions=rows.position[:, None],
+        cache=state.cache(state.table),
+        runtime=runtime,
+    )
+    tokens, logprobs = choose(unembed(params, cfg, hidden.x[:, 0], runtime), rows)
+    place = rows.position + 1
+    stopped = jnp.take_along_axis(rows.stops, tokens[:, None], axis=1)[:, 0]
+    goes_on = active & ~stopped & (place < rows.end)
+    rows = rows.replace(
+        token=jnp.where(active, tokens, rows.token),
+        position=jnp.where(goes_on, place, IDLE),
+        counts=rows.counts.add(tokens, active),
+    )
+    made = Decoded(jnp.where(active, tokens, NO_TOKEN), logprobs)
+    return state.with_cache(hidden.cache).replace(rows=rows), made

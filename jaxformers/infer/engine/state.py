@@ -1,0 +1,104 @@
+"""All that an engine keeps on the device, as one pytree that every program takes and gives back.
+
+B slots, V vocabulary, W pages of a slot at most
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxformers.infer.request import Request
+from jaxformers.infer.sampling import SamplingParams, TokenCounts
+from jaxformers.models.config import ModelConfig
+from jaxformers.models.paged import NOWHERE, Paged, init_pools
+
+IDLE = -1  # the position of a slot that makes no tokens
+
+
+@flax.struct.dataclass
+class Rows:
+    """What each slot is doing, leaves [B, ...]; without that dim, what one request needs of its slot."""
+
+    token: jax.Array  # int32; the newest, not in the cache yet
+    position: jax.Array  # int32; where it stands, IDLE in a slot that waits or is free
+    end: jax.Array  # int32; the position of the last token that may come
+    quiet_end: jax.Array  # int32; up to here no stop id may come
+    tells: jax.Array  # bool; log-probabilities are wanted
+    sampling: SamplingParams
+    counts: TokenCounts
+    bias: jax.Array  # float32 [V]; added to logits
+    stops: jax.Array  # bool [V]; ids that end the request
+    allowed: jax.Array  # bool [V]; the others may not come
+
+
+@flax.struct.dataclass
+class State:
+    """`pools` of pages, one dict a layer; `table` int32 [B, W], each slot's pages; and its `rows`."""
+
+    pools: list[dict[str, jax.Array]]
+    table: jax.Array
+    rows: Rows
+
+    def cache(self, table: jax.Array) -> list[dict[str, Paged]]:
+        """The model's cache of rows with these pages."""
+        return [{name: Paged(pool, table) for name, pool in layer.items()} for layer in self.pools]
+
+    def with_cache(self, cache: list[dict[str, Paged]]) -> State:
+        """With what the model wrote."""
+        return self.replace(pools=[{name: paged.pool for name, paged in layer.items()} for layer in cache])
+
+
+def new_row(request: Request, seed: int, vocab_size: int) -> Rows:
+    """What a request needs of its slot, as NumPy arrays; its first token is still to be prefilled."""
+    length = len(request.prompt)
+    knobs = SamplingParams.create(1, seed=seed, **{name: getattr(request, name) for name in KNOBS})
+    bias = np.zeros(vocab_size, np.float32)
+    for token, value in request.logit_bias.items():
+        bias[token] = value
+    return Rows(
+        token=np.int32(0),
+        position=np.int32(IDLE),
+        end=np.int32(length - 1 + request.max_new_tokens),
+        quiet_end=np.int32(length - 1 + request.min_new_tokens),
+        tells=np.bool_(request.logprobs is not None),
+        sampling=jax.tree.map(lambda values: values[0], knobs),
+        counts=TokenCounts(_among(request.prompt, vocab_size), np.zeros(vocab_size, np.int32)),
+        bias=bias,
+        stops=_among(request.stop_ids, vocab_size),
+        allowed=np.ones(vocab_size, bool),
+    )
+
+
+KNOBS = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+)
+
+
+def _among(ids: Any, vocab_size: int) -> np.ndarray:
+    """bool [V], True at these ids."""
+    found = np.zeros(vocab_size, bool)
+    found[np.asarray(ids, np.int64)] = True
+    return found
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "slots", "pages", "page_size", "width", "dtype"))
+def init_state(
+    cfg: ModelConfig, *, slots: int, pages: int, page_size: int, width: int, dtype: jax.typing.DTypeLike
+) -> State:
+    """An engine's state before its first request: `pages` pages of `page_size` tokens, `width` of them a slot."""
+    row = new_row(Request(prompt=(0,)), 0, cfg.vocab_size)
+    rows = jax.tree.map(lambda one: jnp.broadcast_to(one, (slots, *np.shape(one))), row)
+    pools = init_pools(cfg, pages, page_size, dtype=dtype)
+    return State(pools, jnp.full((slots, width), NOWHERE, jnp.int32), rows)
