@@ -28,6 +28,7 @@ from jaxformers.families import read_config
 from jaxformers.families.catalog import is_published
 from jaxformers.families.common import without_mtp
 from jaxformers.generation import generate
+from jaxformers.hub.targets import frozen_entries
 from jaxformers.models.config import ModelConfig
 from jaxformers.models.params import count_params, flops_per_token
 from jaxformers.parallel.distributed import differing, is_first, wait_for_all
@@ -37,6 +38,7 @@ from jaxformers.train.build import Trainer
 from jaxformers.train.checkpoint import Checkpointer
 from jaxformers.train.goodput import Goodput
 from jaxformers.train.guard import after_rollback
+from jaxformers.train.lora import make_adapter
 from jaxformers.train.loop import Result, Supervision, train
 from jaxformers.train.monitor import Display, MetricsFile, TensorBoard, Tracker, Trackers
 from jaxformers.train.provenance import library_versions
@@ -95,6 +97,7 @@ def prepare_run(config: RunConfig) -> Setup:
 
 def trainer_of(config: RunConfig, cfg: ModelConfig, mesh: Mesh) -> Trainer:
     """The training of a model on a mesh as a config says."""
+    adapter = None if config.lora is None else make_adapter(config.lora, cfg, freeze=config.train.freeze)
     return Trainer(
         cfg,
         mesh,
@@ -105,6 +108,9 @@ def trainer_of(config: RunConfig, cfg: ModelConfig, mesh: Mesh) -> Trainer:
         schedule=config.schedule,
         loss=config.loss,
         guard=config.guard,
+        adapter=adapter,
+        b_rate_ratio=1.0 if config.lora is None else config.lora.b_rate_ratio,
+        frozen=frozen_entries(cfg, config.train.freeze) if config.lora is None else {},
     )
 
 
