@@ -101,7 +101,7 @@ class Wish:
     dora: bool = False
     dropout: float = 0.0
     bias: Literal["none", "all", "lora_only"] = "none"
-    base: Scheme | None = None
+    base: Scheme | Literal["bfloat16"] | None = None
 
 
 def plan_adapter(cfg: ModelConfig, wish: Wish) -> Adapter:

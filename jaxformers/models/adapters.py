@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ class Adapter:
     dora: bool = False
     dropout: float = 0.0
     biases: frozenset[str] = field(default_factory=frozenset)
-    base: Scheme | None = None
+    base: Scheme | Literal["bfloat16"] | None = None
 
 
 def is_adapted(node: Any) -> bool:
@@ -102,7 +102,7 @@ def adapted_spec(cfg: ModelConfig, adapter: Adapter) -> Params:
     """`model_spec` with adapters in their places."""
 
     def make(path: Any, spec: ParamSpec) -> Any:
-        kept = quantized_spec(spec, adapter.base) if adapter.base and _is_packed(path, spec) else spec
+        kept = _kept_spec(spec, adapter.base) if _is_packed(path, spec) else spec
         found = adapter.leaves.get(path_name(path))
         if found is None:
             return kept
@@ -110,6 +110,12 @@ def adapted_spec(cfg: ModelConfig, adapter: Adapter) -> Params:
         return adapter_spec(spec, kept, rank=found.rank, dora=dora, dropout=adapter.dropout)
 
     return jax.tree_util.tree_map_with_path(make, model_spec(cfg))
+
+
+def _kept_spec(spec: ParamSpec, base: Scheme | Literal["bfloat16"] | None) -> Any:
+    if base is None:
+        return spec
+    return replace(spec, dtype="bfloat16") if base == "bfloat16" else quantized_spec(spec, base)
 
 
 def _is_packed(path: Any, spec: ParamSpec) -> bool:
@@ -127,8 +133,9 @@ def add_adapter(params: Params, cfg: ModelConfig, adapter: Adapter, key: jax.Arr
 
     def make(path: Any, spec: Any, w: jax.Array) -> Any:
         base = spec.base if is_adapted(spec) else spec
-        kept = w
-        if isinstance(base, Quantized):
+        if isinstance(base, ParamSpec):
+            kept = w.astype(base.dtype)
+        else:
             kept = quantize(w, base.scheme, n_in=len(base.ins), num_batch=len(base.codes.shape) - 3)
         if not is_adapted(spec):
             return kept

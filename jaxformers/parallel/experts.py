@@ -87,7 +87,8 @@ def _island(
     specs = {name: s for name, s in moe_spec(cfg).items() if not isinstance(s, dict) and "experts" in s.axes}
     arrays = {name: spec_like(s, p[name]) for name, s in specs.items()}
     places = jax.tree.map(lambda s: spec_of(s.axes, s.shape, mesh), arrays)
-    split_width = "tp" in axes_in(spec_of(specs["down"].axes, specs["down"].shape, mesh))  # F is split: each device's output is one term of a sum
+    # F is split: each device's output is one term of a sum.
+    split_width = "tp" in axes_in(spec_of(specs["down"].axes, specs["down"].shape, mesh))
     apart = (*token_axes, "tp") if split_width else token_axes  # axes over which devices compute different things
 
     def own(w: jax.Array, place: P) -> jax.Array:

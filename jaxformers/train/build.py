@@ -6,9 +6,8 @@ fastest from on CPU; whatever leaves a run (checkpoints, exports, users' models)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from collections.abc import Mapping
 from functools import cached_property, partial
 from typing import Any
 
@@ -18,17 +17,16 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from jaxformers.models.config import ModelConfig
 from jaxformers.models.adapters import (
     Adapter,
     adapted_spec,
     add_adapter,
     combine,
-    merge,
     partition,
     trainable,
     with_keys,
 )
+from jaxformers.models.config import ModelConfig
 from jaxformers.models.layout import stack, unstack
 from jaxformers.models.params import Params, ParamSpec, flops_per_token, init_params, model_spec, path_name
 from jaxformers.models.runtime import HOST_MEMORY, Runtime
@@ -341,7 +339,13 @@ class Trainer:
         memory = HOST_MEMORY if self._offloads_moments else None
         split = self.runtime.zero > 0
         return abstract_state(
-            spec, tx, self.mesh, guard=self.guard, ema=self._ema, split_moments=split, moments_memory=memory,
+            spec,
+            tx,
+            self.mesh,
+            guard=self.guard,
+            ema=self._ema,
+            split_moments=split,
+            moments_memory=memory,
             frozen=frozen,
         )
 
@@ -443,17 +447,13 @@ class Trainer:
 
         return together(jax.jit(outward, out_shardings=state_shardings(self.plain_state)), "compile the save")(state)
 
-    def merged(self, params: Params, base: Params | None) -> Params:
-        """The plain tree of a whole model: of trained parameters in the form that checkpoints hold, and the base of
-        their adapter, if they are one's."""
-        if self.adapter is None:
-            return params
-        assert base is not None
-
-        def make(params: Params, base: Params) -> Params:
-            return merge(combine(params, base if self._is_plain else self._outward(base)))
-
-        return jax.jit(make, out_shardings=param_shardings(model_spec(self.cfg), self.mesh))(params, base)
+    def whole(self, params: Params, base: Params) -> Params:
+        """The plain tree with an adapter: of its parameters in the form that checkpoints hold, and what a state holds of
+        its base."""
+        if not self._is_plain:
+            places = param_shardings(self._plain[1], self.mesh)
+            base = jax.jit(self._outward, out_shardings=places)(base)
+        return combine(params, base)
 
     @property
     def _donated(self) -> tuple[int, ...]:

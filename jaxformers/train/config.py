@@ -221,7 +221,7 @@ class LoRAConfig(BaseModel):
     b_rate_ratio: float = Field(
         1.0, gt=0, description="Learning rate of second matrices, relative to all else (LoRA+, arXiv:2402.12354)."
     )
-    base: Literal["float32", "int8", "int4", "nf4"] = Field(
+    base: Literal["float32", "bfloat16", "int8", "int4", "nf4"] = Field(
         "float32",
         description="How the model's own linear weights are kept meanwhile; nf4: QLoRA (arXiv:2305.14314).",
     )
