@@ -22,6 +22,7 @@ from jaxformers.hub.fingerprint import fingerprint
 from jaxformers.hub.fp8 import open_weights
 from jaxformers.hub.gguf import open_gguf
 from jaxformers.hub.gguf_models import gguf_config, gguf_generation, gguf_tensors
+from jaxformers.hub.layout import parts
 from jaxformers.hub.mtp import choose_modules
 from jaxformers.hub.peft import fit_adapter, merged_model, read_adapter, stack_adapters
 from jaxformers.hub.pretrained import read_generation_config, write_pretrained
@@ -105,7 +106,11 @@ class FoundModel:
     @property
     def fingerprint(self) -> str:
         """Of the weights, to tell this model from others with the same architecture."""
-        return fingerprint(self.tensors if self.tensors is not None else named_leaves(self.deferred_params()))
+        if self.tensors is None:
+            return fingerprint(named_leaves(self.deferred_params()))
+        # Without modules for multi-token prediction, which not every reader asks for.
+        own = {part.source.name for part in parts(without_mtp(self.config))}
+        return fingerprint({name: tensor for name, tensor in self.tensors.items() if name in own} or self.tensors)
 
     def read_params(self, mesh: Mesh, *, dtype: str | None = None, ema: bool = False) -> Params:
         """The parameters (or their moving average), each tensor straight into its place on the mesh; dtype None keeps

@@ -1,4 +1,4 @@
-"""Whether weights are those that an adapter was trained on: a number that tells models apart, at the cost of a glance."""
+"""Whether weights are those that an adapter was trained on: a number that tells models apart."""
 
 from __future__ import annotations
 

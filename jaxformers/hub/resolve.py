@@ -60,8 +60,9 @@ def _hint(text: str) -> str:
 def classify(path: str | Path) -> Kind:
     """What is at `path`, told from the files there.
 
-    "huggingface": a directory with config.json. "adapter": one with adapter_config.json alone. "run": a training run, config.yaml beside checkpoints/. "checkpoint":
-    one of its checkpoints/STEP. "safetensors" and "gguf": one file with that suffix.
+    "huggingface": a directory with config.json. "adapter": one with adapter_config.json in its place. "run": a training
+    run, config.yaml beside checkpoints/. "checkpoint": one of its checkpoints/STEP. "safetensors" and "gguf": one file
+    with that suffix.
 
     Raises `ValueError` for anything else, with the kinds there are.
     """

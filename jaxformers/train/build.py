@@ -448,8 +448,8 @@ class Trainer:
         return together(jax.jit(outward, out_shardings=state_shardings(self.plain_state)), "compile the save")(state)
 
     def whole(self, params: Params, base: Params) -> Params:
-        """The plain tree with an adapter: of its parameters in the form that checkpoints hold, and what a state holds of
-        its base."""
+        """The plain tree with an adapter: of its parameters in the form that checkpoints hold, and of its base in that
+        of a state."""
         if not self._is_plain:
             places = param_shardings(self._plain[1], self.mesh)
             base = jax.jit(self._outward, out_shardings=places)(base)

@@ -18,7 +18,9 @@ from jaxformers.models.decoder import forward
 from jaxformers.models.weights import LoRA
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*is_gradient_checkpointing.*", "ignore:Setting .save_embedding_layers.*"
+    "ignore:.*is_gradient_checkpointing.*",
+    "ignore:Setting .save_embedding_layers.*",
+    "ignore:Model has .tie_word_embeddings.*",
 )
 IDS = np.random.default_rng(0).integers(0, 96, (2, 12))
 SIZES = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 2}
@@ -61,7 +63,7 @@ def theirs(request, tmp_path_factory):
     base.save_pretrained(folder / "base")
     model = peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **settings)).eval()
     with torch.no_grad():
-        for name, p in model.named_parameters():
+        for p in model.parameters():
             if p.requires_grad:
                 p.add_(0.1 * torch.randn_like(p))
     model.peft_config["default"].base_model_name_or_path = str(folder / "base")
