@@ -76,11 +76,13 @@ def quantized_spec(spec: ParamSpec, scheme: Scheme) -> Quantized:
     n, split = spec.num_batch, spec.num_batch + spec.n_in
     batch, shape = spec.shape[:n], spec.shape
     groups, size = group_shape(math.prod(shape[n:split]), scheme)
-    out, names = math.prod(shape[split:]), (*spec.axes[:n], spec.axes[n], None, spec.axes[split])
+    # Groups are spread over devices as inputs are, or where there is one group, its inputs.
+    places = (None, spec.axes[n]) if groups == 1 else (spec.axes[n], None)
+    out, names = math.prod(shape[split:]), (*spec.axes[:n], *places, spec.axes[split])
     rows, dtype = (size, "int8") if scheme == "int8" else (size // 2, "uint8")
     return Quantized(
         ParamSpec((*batch, groups, rows, out), names, "zeros", dtype=dtype),
-        ParamSpec((*batch, groups, 1, out), names, "ones"),
+        ParamSpec((*batch, groups, 1, out), (*names[:-2], None, names[-1]), "ones"),
         shape[n:split],
         shape[split:],
         scheme,

@@ -56,7 +56,10 @@ class Quantized:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (*self.codes.shape[:-3], *self.ins, *self.outs)
+        *batch, groups, rows, out = self.codes.shape
+        # Where devices hold parts of it, ins and outs say the whole's: those of one dim are told from what is here.
+        ins = (groups * rows * (1 if self.scheme == "int8" else 2),) if len(self.ins) == 1 else self.ins
+        return (*batch, *ins, *((out,) if len(self.outs) == 1 else self.outs))
 
     @property
     def dtype(self) -> Any:

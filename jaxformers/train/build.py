@@ -457,8 +457,8 @@ class Trainer:
 
     @property
     def _donated(self) -> tuple[int, ...]:
-        """Buffers of the plain tree can only be used again where the state keeps its form."""
-        return (0,) if self._is_plain else ()
+        """Buffers of the plain tree can only be used again where the state keeps its form, and all of its bits."""
+        return (0,) if self._is_plain and (self.adapter is None or self.adapter.base is None) else ()
 
     def _outward(self, params: Params) -> Params:
         return self._arranged.restore(params, self.cfg) if self._arranged else stack(params, self.cfg)

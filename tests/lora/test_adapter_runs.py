@@ -1,4 +1,4 @@
-"""Runs that train an adapter: what moves and what does not, on any mesh; what a checkpoint holds; what a user may ask."""
+"""Runs that train an adapter: what moves, what a checkpoint holds, on any mesh; what a user may ask for."""
 
 import json
 

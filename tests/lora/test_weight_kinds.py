@@ -110,7 +110,8 @@ def sparse():
 )
 def test_adapters_of_experts_train_alike_on_every_mesh(mesh, sparse):
     cfg, adapter, batch, (model, losses) = sparse
-    ours, found = steps(cfg, make_mesh(MeshConfig(**mesh)), adapter, {"layers": "scan"}, batch)
+    runtime = {"layers": "scan", "microbatches": 2}
+    ours, found = steps(cfg, make_mesh(MeshConfig(**mesh)), adapter, runtime, batch)
     assert relative_error(np.asarray(found), np.asarray(losses)) < 1e-5
     assert relative_error(merge(ours), merge(model)) < 1e-5
 
@@ -129,5 +130,5 @@ def test_only_the_adapter_of_a_packed_base_has_changed(sparse):
 
 
 def test_experts_are_not_dropped_out_of():
-    with pytest.raises(ValueError, match="dropout is not for experts, such as model.layers.0.block_sparse_moe.experts"):
+    with pytest.raises(ValueError, match="dropout is not for experts, such as model"):
         plan_adapter(read_config(MIXTRAL), Wish(targets=("w1",), dropout=0.1))
