@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxformers.models.adapters import merge
 from jaxformers.models.config import ModelConfig, plan_stacks
-from jaxformers.models.params import Params, layer_spec, model_spec, path_name
+from jaxformers.models.params import Params, path_name
 from jaxformers.models.weights import OutputMajor, concat_outputs
 
 ROUTING = ("router", "router_b", "select_b")  # computed in float32 whatever the rest is, so kept as they are
@@ -31,10 +31,9 @@ def unstack(params: Params, cfg: ModelConfig, *, take: Callable[[Any, int], Any]
     return {name: leaf for name, leaf in params.items() if name != "layers"} | {"blocks": blocks}
 
 
-def block_spec(cfg: ModelConfig) -> Params:
-    """`model_spec` of the tree that `unstack` makes."""
-    shared = {name: leaf for name, leaf in model_spec(cfg).items() if name != "layers"}
-    return shared | {"blocks": [layer_spec(cfg, kind) for kind in cfg.layers]}
+def unstack_spec(spec: Params, cfg: ModelConfig) -> Params:
+    """The specs of the tree that `unstack` makes of one with these."""
+    return unstack(spec, cfg, take=lambda leaf, _: leaf.drop_leading())
 
 
 def stack(params: Params, cfg: ModelConfig) -> Params:

@@ -27,7 +27,7 @@ from jaxformers.models.adapters import (
     with_keys,
 )
 from jaxformers.models.config import ModelConfig
-from jaxformers.models.layout import stack, unstack
+from jaxformers.models.layout import stack, unstack, unstack_spec
 from jaxformers.models.params import Params, ParamSpec, flops_per_token, init_params, model_spec, path_name
 from jaxformers.models.runtime import HOST_MEMORY, Runtime
 from jaxformers.parallel.context import column_order, make_attend
@@ -295,7 +295,7 @@ class Trainer:
     def _inward_spec(self, spec: Params) -> Params:
         if self._arranged is not None:
             return self._arranged.spec(self.cfg, spec)
-        return unstack(spec, self.cfg, take=lambda s, _: s.drop_leading()) if self._unrolled else spec
+        return unstack_spec(spec, self.cfg) if self._unrolled else spec
 
     @property
     def _is_plain(self) -> bool:
