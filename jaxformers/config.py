@@ -17,6 +17,7 @@ from jaxformers.parallel.mesh import MeshConfig
 from jaxformers.train.config import (
     CheckpointConfig,
     GuardConfig,
+    LoRAConfig,
     LossConfig,
     OptimizerConfig,
     RuntimeConfig,
@@ -58,6 +59,9 @@ class RunConfig(BaseModel):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     loss: LossConfig = LossConfig()
+    lora: LoRAConfig | None = Field(
+        None, description="Train a low-rank adapter of the model in place of its weights; null: the weights."
+    )
     guard: GuardConfig = GuardConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -280,6 +280,11 @@ class TrainConfig(BaseModel):
     time_limit_minutes: float | None = Field(
         None, gt=0, description="When the run must be over: it saves and stops in time; null = no limit."
     )
+    freeze: tuple[str, ...] = Field(
+        (),
+        description="Patterns of weights that are not trained, by their names in the model's checkpoint, such as "
+        "model.embed_tokens or model.layers.[0-3]; with lora: of modules that get no adapter.",
+    )
     tensorboard: bool = Field(False, description="Also write TensorBoard events (extra `monitor`).")
 
     @model_validator(mode="after")
@@ -323,6 +328,37 @@ class TrainConfig(BaseModel):
         starts = [*self.batch_sizes, step]
         spans = zip(starts, starts[1:], self.batch_sizes.values(), strict=False)
         return sum(max(min(end, step) - start, 0) * rows for start, end, rows in spans)
+
+
+class LoRAConfig(BaseModel):
+    """A low-rank adapter (arXiv:2106.09685), trained in place of the weights of the model that `model` names. Modules
+    are named as in that model's checkpoint: by their last name (q_proj), the whole one, or a pattern of it."""
+
+    model_config = STRICT
+
+    rank: int = Field(8, ge=1, description="Of every adapter.")
+    alpha: float = Field(16.0, gt=0, description="What an adapter adds is multiplied by alpha / rank.")
+    targets: tuple[str, ...] | Literal["all-linear"] = Field(
+        "all-linear", description="Modules that get an adapter; all-linear: every linear layer but the head."
+    )
+    ranks: dict[str, int] = Field({}, description="Another rank for modules of these names or patterns.")
+    alphas: dict[str, float] = Field({}, description="Another alpha for modules of these names or patterns.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Share of an adapter's inputs that a step leaves out.")
+    variants: tuple[Literal["rslora", "dora"], ...] = Field(
+        (),
+        description="rslora: alpha / sqrt(rank) in place of alpha / rank (arXiv:2312.03732); dora: magnitudes are "
+        "trained apart (arXiv:2402.09353).",
+    )
+    bias: Literal["none", "all", "lora_only"] = Field(
+        "none", description="Biases that are trained too: none, all, or those of modules with an adapter."
+    )
+    b_rate_ratio: float = Field(
+        1.0, gt=0, description="Learning rate of second matrices, relative to all else (LoRA+, arXiv:2402.12354)."
+    )
+    base: Literal["float32", "bfloat16", "int8", "int4", "nf4"] = Field(
+        "float32",
+        description="How the model's own linear weights are kept meanwhile; nf4: QLoRA (arXiv:2305.14314).",
+    )
 
 
 class GuardConfig(BaseModel):

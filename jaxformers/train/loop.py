@@ -47,13 +47,14 @@ class Program:
 @dataclass
 class Result:
     """How a run ended. `state` is in the form that checkpoints hold; `stopped` names what ended it early: a signal, or
-    the time limit."""
+    the time limit; `frozen` is what the run held beside what it trained."""
 
     state: TrainState
     step: int
     metrics: dict[str, Any] = field(default_factory=dict)
     validation: dict[str, float] = field(default_factory=dict)
     stopped: str | None = None
+    frozen: Any = None
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ def train(
                 state = follow(state)
             if evaluates:
                 with pause("evaluate"):
-                    reporter.validate(step, state.params, validation)
+                    reporter.validate(step, state.model, validation)
             if saves:
                 with pause("checkpoint"):
                     checkpointer.save(program.to_plain(state), batches, said(), place=due)
@@ -168,14 +169,14 @@ def train(
         with pause("evaluate"):
             requests.settle(asks=True, reserve=0.0)
             if requests.stop is None:
-                validation_metrics = reporter.validate(step, state.params, validation)
+                validation_metrics = reporter.validate(step, state.model, validation)
         with pause("checkpoint"):
-            state = program.to_plain(state)
+            frozen, state = state.frozen, program.to_plain(state)
             checkpointer.save(state, batches, said())
             checkpointer.wait()
     trackers.log(step, goodput.measured())
     display.say(f"time: {goodput}")
-    return Result(state, step, reporter.metrics, validation_metrics, requests.stop)
+    return Result(state, step, reporter.metrics, validation_metrics, requests.stop, frozen)
 
 
 def _gone_back(

@@ -12,6 +12,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from jaxformers.models.adapters import combine, partition
 from jaxformers.models.config import LayerKind, ModelConfig, longest_stack, plan_stacks
 from jaxformers.models.decoder import (
     embed,
@@ -283,15 +284,21 @@ def _chunked(
         values = jax.lax.map(lambda piece: part(head, *piece), pieces)
         return jax.tree.map(lambda a: a.sum(axis=0), values)
 
-    def forward(head: Params, x: jax.Array) -> tuple[tuple[jax.Array, Sums], tuple[Params, jax.Array]]:
+    def forward(head: Params, x: Any) -> tuple[tuple[jax.Array, Sums], tuple[Params, jax.Array]]:
+        # What of the head is not trained needs no gradient.
+        whole, x = jax.tree.map(lambda leaf: leaf.value, head), x.value
+        head, still = partition(whole, jax.tree.map(lambda leaf: leaf.perturbed, head))
+
         def step(carry: Any, piece: Any) -> tuple[Any, jax.Array]:
             x, targets, weights = piece
-            value, pull, sums = jax.vjp(lambda h, x: part(h, x, targets, weights), head, x, has_aux=True)
+            value, pull, sums = jax.vjp(
+                lambda h, x: part(combine(h, still), x, targets, weights), head, x, has_aux=True
+            )
             d_head, d_x = pull(jnp.ones((), value.dtype))
             return add(carry, ((value, sums), d_head)), d_x
 
         zeros = jax.tree.map(
-            lambda s: jnp.zeros(s.shape, s.dtype), (jax.eval_shape(total, head, x), jax.eval_shape(lambda h: h, head))
+            lambda s: jnp.zeros(s.shape, s.dtype), (jax.eval_shape(total, whole, x), jax.eval_shape(lambda h: h, head))
         )
         (values, d_head), d_x = jax.lax.scan(step, zeros, (split(x), split(targets), split(weights)))
         return values, (d_head, join(d_x))
@@ -300,5 +307,5 @@ def _chunked(
         scale = cotangent[0]
         return jax.tree.map(lambda g: (g.astype(jnp.float32) * scale).astype(g.dtype), gradients)
 
-    total.defvjp(forward, backward)
+    total.defvjp(forward, backward, symbolic_zeros=True)
     return total(head, x)

@@ -51,7 +51,7 @@ def value_and_gradient(
     def add(carry: Any, microbatch: Batch) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, carry, gradient(params, microbatch, totals)), None
 
-    microbatches = split_microbatches(batch, accumulation)
+    microbatches = split_microbatches(batch, accumulation) | {"microbatch": jnp.arange(accumulation, dtype=jnp.int32)}
     first = {name: a[0] for name, a in microbatches.items()}
     shapes = jax.eval_shape(gradient, params, first, totals)
     (values, grads) = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
@@ -73,6 +73,7 @@ def make_train_step(
     place_gradient: Callable[[Params], Params] = lambda grads: grads,
     extend: Callable[[Batch], Batch] = lambda batch: batch,
     fetch: Callable[[TrainState], TrainState] = lambda state: state,
+    complete: Callable[[Params, TrainState, jax.Array], Params] = lambda params, _state, _microbatch: params,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The function (state, batch) -> (state after one update, metrics as scalars: counts int32, all others float32).
 
@@ -82,12 +83,20 @@ def make_train_step(
     balance(parameters, load [sparse layers, E]) moves, after the optimizer, what it does not: experts' biases.
     place_gradient pins a microbatch's gradient to its place on the mesh. extend gives the batch what the loss needs
     beside it, before it is split. fetch brings what of a state is elsewhere to the devices, for the update.
+    complete(parameters, state, microbatch) is the model that the loss sees of the trained parameters in the microbatch
+    of that number.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         batch = extend(batch)
+
+        def of_trained(params: Params, batch: Batch, totals: Totals) -> tuple[jax.Array, Sums]:
+            number = batch.get("microbatch", jnp.zeros((), jnp.int32))
+            rows = {name: a for name, a in batch.items() if name != "microbatch"}
+            return loss(complete(params, state, number), rows, totals)
+
         value, sums, grads = value_and_gradient(
-            loss, state.params, batch, accumulation=accumulation, place_gradient=place_gradient
+            of_trained, state.params, batch, accumulation=accumulation, place_gradient=place_gradient
         )
         state = fetch(state)
         norm = optax.tree.norm(grads)
