@@ -18,7 +18,9 @@ from jaxformers.train.config import (
     CheckpointConfig,
     GuardConfig,
     LossConfig,
+    MonitorConfig,
     OptimizerConfig,
+    ProfileConfig,
     RuntimeConfig,
     ScheduleConfig,
     TrainConfig,
@@ -60,6 +62,8 @@ class RunConfig(BaseModel):
     loss: LossConfig = LossConfig()
     guard: GuardConfig = GuardConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
+    monitor: MonitorConfig = MonitorConfig()
+    profile: ProfileConfig = ProfileConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     sample: SampleConfig = SampleConfig()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -35,14 +36,17 @@ from jaxformers.parallel.mesh import batch_sharding, make_mesh
 from jaxformers.starting import Start, find_start
 from jaxformers.train.build import Trainer
 from jaxformers.train.checkpoint import Checkpointer
+from jaxformers.train.config import ProfileConfig
 from jaxformers.train.goodput import Goodput
 from jaxformers.train.guard import after_rollback
 from jaxformers.train.loop import Result, Supervision, train
-from jaxformers.train.monitor import Display, MetricsFile, TensorBoard, Tracker, Trackers
+from jaxformers.train.monitor import ABOUT_FILE, SAMPLES_FILE, Display, MetricsFile, Tracker, Trackers
+from jaxformers.train.profile import Profiler
 from jaxformers.train.provenance import library_versions
 from jaxformers.train.requests import Requests
 from jaxformers.train.restore import load_state
 from jaxformers.train.state import TrainState
+from jaxformers.train.trackers import check_trackers, open_trackers
 from jaxformers.train.watchdog import Watchdog
 
 
@@ -105,10 +109,13 @@ def trainer_of(config: RunConfig, cfg: ModelConfig, mesh: Mesh) -> Trainer:
         schedule=config.schedule,
         loss=config.loss,
         guard=config.guard,
+        monitor=config.monitor,
+        sources=tuple(config.data.sources) if "sources" in config.monitor.values else (),
     )
 
 
 def _check_config(config: RunConfig, cfg: ModelConfig) -> None:
+    check_trackers(config.monitor.trackers)
     if config.sample.prompts and jax.process_count() > 1:
         raise ValueError("sample.prompts are continued by a single process; set sample.prompts=[]")
     if config.data.sequence_length > cfg.context_length:
@@ -184,10 +191,18 @@ def fit(
         if is_first():
             tokenizer.save(run_dir / TOKENIZER_FOLDER)
             (run_dir / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
+            _write_json(run_dir / ABOUT_FILE, {**describe_setup(setup), "versions": meta["versions"]})
         result = _run(setup, state, feed, checkpoints, meta, run_dir, started, console)
     model = Model(setup.cfg, result.state.params, tokenizer, setup.mesh, config.runtime.dtype, meta["generation"])
     samples = tuple(_samples(model, config)) if result.stopped is None else ()
+    if samples and is_first():
+        texts = [{"prompt": prompt, "text": text} for prompt, text in zip(config.sample.prompts, samples, strict=True)]
+        _write_json(run_dir / SAMPLES_FILE, texts)
     return FitResult(run_dir, model, result.step, result.metrics, result.validation, samples, result.stopped)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def _check_same_everywhere(value: str, name: str, *, done: str) -> None:
@@ -315,7 +330,10 @@ def _feed(setup: Setup, corpus: Corpus) -> Feed:
         name: validation_batches(rows, batch_size=size, max_batches=most, **shares) for name, rows in sources.items()
     }
     ramp = {train.rows_before(step): rows for step, rows in train.batch_ramp.items()}
-    batches = train_iterator(corpus.train, batch_size=train.batch_size, batch_ramp=ramp, **shares)
+    with_sources = "sources" in config.monitor.values
+    batches = train_iterator(
+        corpus.train, batch_size=train.batch_size, batch_ramp=ramp, with_sources=with_sources, **shares
+    )
     return Feed(batches, validation, spec)
 
 
@@ -372,7 +390,7 @@ def _run(
         file = MetricsFile(run_dir, resume_step=first_step)
         goodput.repeat(file.lost_seconds)
         writers.append(file)
-        writers += [TensorBoard(run_dir)] if config.train.tensorboard else []
+        writers += open_trackers(config.monitor.trackers, run_dir, config=meta["config"], resumes=first_step > 0)
     trackers = Trackers(writers)
     display = Display(first_step=first_step, steps=config.train.steps, console=console)
     try:
@@ -395,6 +413,9 @@ def _run(
             ),
             trackers=trackers,
             display=display,
+            profile=partial(
+                Profiler, config.profile if is_first() else ProfileConfig(), run_dir=run_dir, say=display.say
+            ),
         )
     finally:
         trackers.close()
