@@ -354,7 +354,7 @@ class Trainer:
         )
 
     def _compiled_step(self, rows: int, *, measures: bool = False) -> Callable[..., Any]:
-        """The update, in microbatches of so many rows, compiled when first called. measures: also what `monitor` says."""
+        """The update, in microbatches of so many rows, compiled when first called. measures: what `monitor` says."""
         runtime, measure = self._runtime, None
         if measures:
             tidy = partial(self._arranged.restore, cfg=self.cfg) if self._arranged else (lambda tree: tree)
