@@ -33,7 +33,7 @@ function short(value) {
   if (value === null || value === undefined || !isFinite(value)) return "–";
   const size = Math.abs(value);
   if (size === 0) return "0";
-  if (size >= 1e15 || size < 1e-3) return value.toExponential(2).replace("e+", "e");
+  if (size >= 1e15 || size < 1e-3) return value.toExponential(2).replace(/\.?0+e/, "e").replace("e+", "e");
   for (const [unit, name] of [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e4, "k"]])
     if (size >= unit) return +(value / (name === "k" ? 1e3 : unit)).toPrecision(3) + name;
   return Number.isInteger(value) ? String(value) : String(+value.toPrecision(4));
@@ -138,12 +138,12 @@ function chart(title, lines, { log = false, smooths = true, unit = "", wide = fa
     if (all.length && state.smooth) { y0 = Math.min(y0, all[Math.floor(0.01 * all.length)]); y1 = Math.max(y1, all[Math.ceil(0.99 * all.length) - 1]); }
     const to = own.log ? Math.log10 : (v) => v;
     let low = to(y0), high = to(y1);
-    const room = high > low ? (high - low) * 0.06 : Math.max(Math.abs(high) * 0.05, own.log ? 0.1 : 1e-9) || 1;
+    const room = high > low ? (high - low) * 0.06 : own.log ? 0.1 : Math.abs(high) * 0.05 || 1;
     const floor = low;
     low -= room; high += room;
     if (!own.log && floor >= 0 && low < 0) low = 0;
     const from = own.log ? (v) => 10 ** v : (v) => v;
-    const marks = own.log ? logTicks(from(low), from(high)) : ticks(low, high, Math.max(Math.floor(height / 48), 2));
+    const marks = own.log ? logTicks(from(low), from(high)) : ticks(low, high, Math.max(Math.floor(height / 40), 2));
     const labels = marks.map(short);
     const left = 12 + 6.4 * Math.max(...labels.map((l) => l.length), 2), right = width - 10, top = 10, bottom = height - 24;
     const X = (v) => left + ((v - x0) / (x1 - x0)) * (right - left), Y = (v) => bottom - ((to(v) - low) / (high - low)) * (bottom - top);
