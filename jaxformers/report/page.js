@@ -459,7 +459,7 @@ function experts() {
   const cards = runs.map((run, i) => {
     if (!run.experts) return null;
     const { step, layers, load } = run.experts;
-    const title = `${runs.length > 1 ? `${run.name}: ` : ""}load of each expert at step ${step} (1 = even)`;
+    const title = `Load of each expert, step ${step}${runs.length > 1 ? ` · ${run.name}` : ""}`;
     return heat(title, layers, load[0].map((_, e) => e), load, { log: false, columnName: "expert" });
   }).filter(Boolean);
   return cards.length ? el("div", { class: "heats", style: "margin-top:14px" }, ...cards) : null;
