@@ -39,10 +39,14 @@ class Profiler:
         """Opens the window where it is due."""
         if self._taken == self._config.start:
             with self._pause():
-                # The second form is what Perfetto opens; XProf reads the first.
-                begun = _done(lambda: jax.profiler.start_trace(str(self._folder), create_perfetto_trace=True))
-            self._first = step if begun else None
+                self._first = step if _done(self._begin) else None
         self._taken += 1
+
+    def _begin(self) -> None:
+        options = jax.profiler.ProfileOptions()
+        options.python_tracer_level = 0  # every call of a Python function would make steps slow and traces huge
+        # Perfetto opens the one form that is written, XProf the other.
+        jax.profiler.start_trace(str(self._folder), create_perfetto_trace=True, profiler_options=options)
 
     def named(self, step: int) -> AbstractContextManager[Any]:
         """Around the step itself, so that the trace has its number."""
