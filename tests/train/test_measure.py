@@ -273,6 +273,13 @@ def test_a_pipeline_whose_stages_hold_layers_in_another_order_measures_what_one_
     assert_as_on_one_device(found, SPARSE, values)
 
 
+@pytest.mark.slow
+def test_a_pipeline_that_goes_both_ways_measures_what_one_device_does():
+    values = ("norms", "experts", "sources")
+    found, _ = measured(trainer_on(SPARSE, {"pp": 2}, values=values, pipeline="1f1b", microbatches=2))
+    assert_as_on_one_device(found, SPARSE, values)
+
+
 # -- what is not measured, and what cannot be
 
 
