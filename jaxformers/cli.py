@@ -269,6 +269,18 @@ def inspect(ref: Ref) -> None:
 
 
 @app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories; also of runs in progress.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file to write.")] = Path("report.html"),
+) -> None:
+    """Write a page with the plots of a run, or of several compared; it needs nothing beside itself."""
+    from jaxformers.report.page import write_report
+
+    write_report(runs, output)
+    print(f"{output}: {len(runs)} run{'s' if len(runs) > 1 else ''}", file=sys.stderr)
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of a config file, for editors."""
     from jaxformers.config import json_schema

@@ -19,7 +19,9 @@ from jaxformers.train.config import (
     GuardConfig,
     LoRAConfig,
     LossConfig,
+    MonitorConfig,
     OptimizerConfig,
+    ProfileConfig,
     RuntimeConfig,
     ScheduleConfig,
     TrainConfig,
@@ -64,6 +66,8 @@ class RunConfig(BaseModel):
     )
     guard: GuardConfig = GuardConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
+    monitor: MonitorConfig = MonitorConfig()
+    profile: ProfileConfig = ProfileConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     sample: SampleConfig = SampleConfig()
 

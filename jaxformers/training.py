@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -40,17 +41,19 @@ from jaxformers.parallel.mesh import batch_sharding, make_mesh, nearest_multiple
 from jaxformers.starting import Start, find_start
 from jaxformers.train.build import Trainer
 from jaxformers.train.checkpoint import Checkpointer
-from jaxformers.train.config import CheckpointConfig
+from jaxformers.train.config import CheckpointConfig, ProfileConfig
 from jaxformers.train.goodput import Goodput
 from jaxformers.train.guard import after_rollback
 from jaxformers.train.loop import Result, Supervision, train
 from jaxformers.train.lora import make_adapter
-from jaxformers.train.monitor import Display, MetricsFile, TensorBoard, Tracker, Trackers
+from jaxformers.train.monitor import ABOUT_FILE, SAMPLES_FILE, Display, MetricsFile, Tracker, Trackers
+from jaxformers.train.profile import Profiler
 from jaxformers.train.provenance import library_versions
 from jaxformers.train.requests import Requests
 from jaxformers.train.restore import load_state
 from jaxformers.train.retention import VALIDATION, Metric
 from jaxformers.train.state import TrainState
+from jaxformers.train.trackers import check_trackers, open_trackers
 from jaxformers.train.watchdog import Watchdog
 
 
@@ -119,10 +122,13 @@ def trainer_of(config: RunConfig, cfg: ModelConfig, mesh: Mesh) -> Trainer:
         adapter=adapter,
         b_rate_ratio=1.0 if config.lora is None else config.lora.b_rate_ratio,
         frozen=frozen_entries(cfg, config.train.freeze) if config.lora is None else {},
+        monitor=config.monitor,
+        sources=tuple(config.data.sources) if "sources" in config.monitor.values else (),
     )
 
 
 def _check_config(config: RunConfig, cfg: ModelConfig) -> None:
+    check_trackers(config.monitor.trackers)
     if config.sample.prompts and jax.process_count() > 1:
         raise ValueError("sample.prompts are continued by a single process; set sample.prompts=[]")
     if config.data.sequence_length > cfg.context_length:
@@ -230,12 +236,16 @@ def fit(
         if is_first():
             tokenizer.save(run_dir / TOKENIZER_FOLDER)
             (run_dir / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
+            _write_json(run_dir / ABOUT_FILE, {**describe_setup(setup), "versions": meta["versions"]})
         result = _run(setup, state, feed, checkpoints, meta, run_dir, started, console)
     params, cfg = result.state.params, setup.cfg
     if config.lora is not None:
         params, cfg = _merged(setup, params, result.frozen)
     model = Model(cfg, params, tokenizer, setup.mesh, config.runtime.dtype, meta["generation"])
     samples = tuple(_samples(model, config)) if result.stopped is None else ()
+    if samples and is_first():
+        texts = [{"prompt": prompt, "text": text} for prompt, text in zip(config.sample.prompts, samples, strict=True)]
+        _write_json(run_dir / SAMPLES_FILE, texts)
     return FitResult(run_dir, model, result.step, result.metrics, result.validation, samples, result.stopped)
 
 
@@ -255,6 +265,10 @@ def _merged(setup: Setup, trained: Params, base: Params) -> tuple[Params, ModelC
     cfg = untied(setup.cfg) if setup.cfg.tie_embeddings and is_adapted(whole["embed"]) else setup.cfg
     places = param_shardings(model_spec(cfg), setup.mesh)
     return jax.jit(lambda p: merged_model(p, setup.cfg)[0], out_shardings=places)(whole), cfg
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def _check_same_everywhere(value: str, name: str, *, done: str) -> None:
@@ -403,7 +417,10 @@ def _feed(setup: Setup, corpus: Corpus) -> Feed:
         name: validation_batches(rows, batch_size=size, max_batches=most, **shares) for name, rows in sources.items()
     }
     ramp = {train.rows_before(step): rows for step, rows in train.batch_ramp.items()}
-    batches = train_iterator(corpus.train, batch_size=train.batch_size, batch_ramp=ramp, **shares)
+    with_sources = "sources" in config.monitor.values
+    batches = train_iterator(
+        corpus.train, batch_size=train.batch_size, batch_ramp=ramp, with_sources=with_sources, **shares
+    )
     return Feed(batches, validation, spec)
 
 
@@ -485,7 +502,7 @@ def _run(
         file = MetricsFile(run_dir, resume_step=first_step)
         goodput.repeat(file.lost_seconds)
         writers.append(file)
-        writers += [TensorBoard(run_dir)] if config.train.tensorboard else []
+        writers += open_trackers(config.monitor.trackers, run_dir, config=meta["config"], resumes=first_step > 0)
     trackers = Trackers(writers)
     display = Display(first_step=first_step, steps=config.train.steps, console=console)
     try:
@@ -508,6 +525,9 @@ def _run(
             ),
             trackers=trackers,
             display=display,
+            profile=partial(
+                Profiler, config.profile if is_first() else ProfileConfig(), run_dir=run_dir, say=display.say
+            ),
         )
     finally:
         trackers.close()

@@ -242,7 +242,7 @@ def test_overrides_set_keys_at_any_depth_and_the_last_one_counts():
         ("checkpoint.every_steps=null", "checkpoint.every_steps", None),
         ("run_dir=a=b", "run_dir", "a=b"),
         ("run_dir='5'", "run_dir", "5"),
-        ("train.tensorboard=true", "train.tensorboard", True),
+        ("runtime.sequence_parallel=true", "runtime.sequence_parallel", True),
         ("model=org/name@main", "model", "org/name@main"),
         ("sample.prompts=[]", "sample.prompts", ()),
         (" train.steps = 7", "train.steps", 7),

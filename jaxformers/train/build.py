@@ -43,6 +43,7 @@ from jaxformers.parallel.mesh import (
     keep_all_but_gathered,
     nearest_multiples,
     param_shardings,
+    replicated,
     sharder,
 )
 from jaxformers.parallel.pipeline import Pipeline, plan_pipeline
@@ -52,6 +53,7 @@ from jaxformers.train.balance import check_expert_bias, shift_expert_biases
 from jaxformers.train.config import (
     GuardConfig,
     LossConfig,
+    MonitorConfig,
     OptimizerConfig,
     RuntimeConfig,
     ScheduleConfig,
@@ -59,6 +61,7 @@ from jaxformers.train.config import (
 )
 from jaxformers.train.loop import Program
 from jaxformers.train.losses import Batch, chunk_length, eval_sums, lm_loss
+from jaxformers.train.measure import make_measure, name_metrics
 from jaxformers.train.optim import make_optimizer, scale_updates, scaled
 from jaxformers.train.schedules import make_schedule
 from jaxformers.train.state import TrainState, abstract_state, map_params, new_state, state_shardings
@@ -122,6 +125,8 @@ class Trainer:
     adapter: Adapter | None = None
     b_rate_ratio: float = 1.0
     frozen: Mapping[str, np.ndarray] = field(default_factory=dict)
+    monitor: MonitorConfig = MonitorConfig()
+    sources: tuple[str, ...] = ()  # of the mixture, where batches say which rows are whose
 
     def check(self) -> None:
         """ValueError for settings that do not fit each other, before anything is compiled."""
@@ -130,6 +135,7 @@ class Trainer:
         self._check_sequence_parallel()
         self._check_offload()
         self._check_one_f_one_b()
+        self._check_monitor()
         check_expert_bias(self.cfg, rate=self.loss.expert_bias_rate)
         self._check_split()
 
@@ -193,6 +199,24 @@ class Trainer:
             raise ValueError(
                 f"runtime.pipeline=1f1b does not go with mesh.cp={self.mesh.shape['cp']}, whose exchanges of both ways "
                 "could wait for each other; use gpipe or interleaved"
+            )
+
+    def _check_monitor(self) -> None:
+        """ValueError for values that this model and mesh do not have."""
+        values, every, lines = self.monitor.values, self.monitor.every, self.train.log_every
+        if self._pipeline is not None and self.monitor.in_layers:
+            raise ValueError(
+                f"monitor.values has {', '.join(sorted(self.monitor.in_layers))}, which layers in a pipeline do not "
+                f"show (mesh.pp={self._pipeline.stages}); leave them out"
+            )
+        if "experts" in values and self.cfg.moe is None:
+            raise ValueError(f"monitor.values has experts, but {self.cfg.family} has none")
+        if "sources" in values and not self.sources:
+            raise ValueError("monitor.values has sources, but the data is a single one (data.paths)")
+        if self.monitor.measures and every % lines:
+            raise ValueError(
+                f"monitor.every is {every}, but only every {lines} steps there is a line of metrics (train.log_every); "
+                f"nearest legal: {nearest_multiples(every, of=lines)}"
             )
 
     @cached_property
@@ -478,8 +502,28 @@ class Trainer:
     def program(self) -> Program:
         """The compiled step and evaluation, with what the loop needs to know of their cost."""
         rows = max(self.train.batch_sizes.values()) // self.train.accumulation
+        peak = peak_flops(self.mesh.devices.flat[0], self.runtime.dtype)
+        return Program(
+            step=self._compiled_step(rows),
+            measured_step=self._compiled_step(rows, measures=True) if self.monitor.measures else None,
+            measure_every=self.monitor.every,
+            evaluate=together(jax.jit(self._with_settings(eval_sums, rows=rows)), "compile the evaluation"),
+            to_plain=self.to_plain,
+            name=partial(name_metrics, cfg=self.cfg, sources=self.sources),
+            tokens_after=lambda step: self.train.rows_before(step) * self.sequence_length,
+            flops_per_token=self._flops_per_token,
+            peak_flops=None if peak is None else peak * self.mesh.size,
+        )
+
+    def _compiled_step(self, rows: int, *, measures: bool = False) -> Callable[..., Any]:
+        """The update, in microbatches of so many rows, compiled when first called. measures: what `monitor` says."""
+        runtime, measure = self._runtime, None
+        if measures:
+            tidy = partial(self._arranged.restore, cfg=self.cfg) if self._arranged else (lambda tree: tree)
+            measure = make_measure(self.monitor.values, self.cfg, tidy=tidy)
+            runtime = replace(runtime, observe=self.monitor.in_layers)
         step = make_train_step(
-            self._with_settings(lm_loss, rows=rows),
+            self._with_settings(lm_loss, rows=rows, runtime=runtime),
             self.tx,
             self.learning_rate,
             guard=self.guard,
@@ -491,16 +535,10 @@ class Trainer:
             extend=self._look_ahead,
             fetch=partial(self._fetch, places=self._places),
             complete=self._complete,
+            measure=measure,
         )
-        peak = peak_flops(self.mesh.devices.flat[0], self.runtime.dtype)
-        return Program(
-            step=together(jax.jit(step, donate_argnums=0, out_shardings=(self._places, None)), "compile the step"),
-            evaluate=together(jax.jit(self._with_settings(eval_sums, rows=rows)), "compile the evaluation"),
-            to_plain=self.to_plain,
-            tokens_after=lambda step: self.train.rows_before(step) * self.sequence_length,
-            flops_per_token=self._flops_per_token,
-            peak_flops=None if peak is None else peak * self.mesh.size,
-        )
+        places = (self._places, replicated(self.mesh))
+        return together(jax.jit(step, donate_argnums=0, out_shardings=places), "compile the step")
 
     @property
     def _flops_per_token(self) -> float:
@@ -536,14 +574,16 @@ class Trainer:
         slots = None if self._arranged is None else self._arranged.slots
         return partial(shift_expert_biases, cfg=self.cfg, rate=rate, slots=slots) if rate else None
 
-    def _with_settings(self, function: Callable[..., Any], *, rows: int) -> Callable[..., Any]:
+    def _with_settings(
+        self, function: Callable[..., Any], *, rows: int, runtime: Runtime | None = None
+    ) -> Callable[..., Any]:
         """The function with what this run's settings say, for `rows` at a time."""
         length, vocab = self.sequence_length, self.cfg.vocab_size
         cp = self.mesh.shape["cp"]
         # Every stage computes the head of the same rows.
         devices = self.mesh.size // self.mesh.shape["pp"]
         chunk = chunk_length(self.loss, rows=rows, length=length, vocab_size=vocab, devices=devices, context_shards=cp)
-        return partial(function, cfg=self.cfg, runtime=self._runtime, config=self.loss, chunk=chunk)
+        return partial(function, cfg=self.cfg, runtime=runtime or self._runtime, config=self.loss, chunk=chunk)
 
 
 def _completed(state: TrainState) -> TrainState:

@@ -285,7 +285,6 @@ class TrainConfig(BaseModel):
         description="Patterns of weights that are not trained, by their names in the model's checkpoint, such as "
         "model.embed_tokens or model.layers.[0-3]; with lora: of modules that get no adapter.",
     )
-    tensorboard: bool = Field(False, description="Also write TensorBoard events (extra `monitor`).")
 
     @model_validator(mode="after")
     def _microbatches(self) -> TrainConfig:
@@ -387,6 +386,53 @@ class GuardConfig(BaseModel):
         description="Steps between one that is computed twice and compared bit for bit; where two results differ, the "
         "device is named and the run goes back to its newest checkpoint. null = never. It holds a second state.",
     )
+
+
+MonitorValue = Literal["norms", "activations", "attention_logits", "experts", "sources"]
+TrackerName = Literal["tensorboard", "wandb", "mlflow"]
+
+
+class MonitorConfig(BaseModel):
+    """What a run says of itself beside its loss, and to whom."""
+
+    model_config = STRICT
+
+    values: tuple[MonitorValue, ...] = Field(
+        (),
+        description="norms of gradients, parameters and updates by module; activations: root mean square and largest "
+        "magnitude by layer; attention_logits: the largest of each head; experts: their load by layer; sources: loss "
+        "by source of the mixture.",
+    )
+    every: int = Field(
+        10, ge=1, description="Steps between those that measure them (sources: every line); others cost nothing."
+    )
+    trackers: tuple[TrackerName, ...] = Field(
+        (), description="Where lines of metrics.jsonl go too; each has an extra of that name (tensorboard: `monitor`)."
+    )
+
+    @property
+    def in_layers(self) -> frozenset[str]:
+        """What layers have to show of their inside."""
+        return frozenset(self.values) & {"activations", "attention_logits"}
+
+    @property
+    def measures(self) -> bool:
+        """Whether some steps measure what others do not."""
+        return bool(set(self.values) - {"sources"})
+
+
+class ProfileConfig(BaseModel):
+    """A window of steps that the profiler watches: a trace in RUN/profile, for Perfetto or XProf."""
+
+    model_config = STRICT
+
+    start: int | None = Field(
+        None,
+        ge=0,
+        description="Steps that this process takes before the window, counted anew after a resume; the first ones "
+        "compile. null = no profile.",
+    )
+    steps: int = Field(3, ge=1, description="Steps in the window.")
 
 
 class WatchdogConfig(BaseModel):
