@@ -20,13 +20,12 @@ from jaxformers.train.config import (
     LoRAConfig,
     LossConfig,
     MonitorConfig,
-    OptimizerConfig,
     ProfileConfig,
     RuntimeConfig,
-    ScheduleConfig,
     TrainConfig,
     WatchdogConfig,
 )
+from jaxformers.train.optimizer_config import OptimizerConfig, ScheduleConfig
 
 
 class SampleConfig(BaseModel):

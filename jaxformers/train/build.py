@@ -12,7 +12,6 @@ from functools import cached_property, partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
@@ -32,76 +31,32 @@ from jaxformers.models.params import Params, ParamSpec, flops_per_token, init_pa
 from jaxformers.models.runtime import HOST_MEMORY, Runtime
 from jaxformers.parallel.context import column_order, make_attend
 from jaxformers.parallel.distributed import together
-from jaxformers.parallel.experts import mesh_experts
 from jaxformers.parallel.hardware import peak_flops
 from jaxformers.parallel.mesh import (
-    RULES,
-    SEQUENCE_PARALLEL,
     SPLIT_REPLICAS,
     batch_shards,
-    gatherer,
-    keep_all_but_gathered,
-    nearest_multiples,
     param_shardings,
     replicated,
-    sharder,
 )
 from jaxformers.parallel.pipeline import Pipeline, plan_pipeline
 from jaxformers.train.ahead import look_ahead
 from jaxformers.train.average import averaged
-from jaxformers.train.balance import check_expert_bias, shift_expert_biases
-from jaxformers.train.config import (
-    GuardConfig,
-    LossConfig,
-    MonitorConfig,
-    OptimizerConfig,
-    RuntimeConfig,
-    ScheduleConfig,
-    TrainConfig,
-)
+from jaxformers.train.balance import shift_expert_biases
+from jaxformers.train.checks import check_rows, check_settings
+from jaxformers.train.config import GuardConfig, LossConfig, MonitorConfig, RuntimeConfig, TrainConfig
 from jaxformers.train.loop import Program
 from jaxformers.train.losses import Batch, chunk_length, eval_sums, lm_loss
 from jaxformers.train.measure import make_measure, name_metrics
 from jaxformers.train.optim import make_optimizer, scale_updates, scaled
+from jaxformers.train.optimizer_config import OptimizerConfig, ScheduleConfig
+from jaxformers.train.qk_clip import qk_clip
+from jaxformers.train.runtimes import make_runtime
 from jaxformers.train.schedules import make_schedule
 from jaxformers.train.state import TrainState, abstract_state, map_params, new_state, state_shardings
 from jaxformers.train.step import make_train_step
 
 # Random numbers of many shapes are much code for one run: compiling it well takes longer than running it.
 RUN_ONCE = {"xla_backend_optimization_level": 1}
-UNROLLED_LAYERS = 32  # deeper models compile too long when every layer is its own code
-
-
-def make_runtime(config: RuntimeConfig, cfg: ModelConfig, mesh: Mesh, *, pipeline: Pipeline | None = None) -> Runtime:
-    """The runtime of a training step on this mesh, with attention over whole rows.
-
-    On CPU, `auto` unrolls layers, as scanned weights are copied every step, unless memory is to be saved by
-    recomputation: XLA:CPU keeps everything of an unrolled model alive, and so that pair is refused. Layers of a
-    pipeline are always scanned, as each stage runs its own part of one array.
-    """
-    on_cpu, layers = mesh.devices.flat[0].platform == "cpu", config.layers
-    if on_cpu and layers == "unroll" and config.remat != "none":
-        raise ValueError(f"runtime: remat={config.remat} saves no memory with layers=unroll on CPU; use layers=scan")
-    if pipeline is not None:
-        if layers == "unroll":
-            raise ValueError(f"runtime.layers=unroll does not go with mesh.pp={pipeline.stages}; use scan or auto")
-        layers = "scan"
-    if layers == "auto":
-        unrolls = on_cpu and config.remat == "none" and cfg.num_layers <= UNROLLED_LAYERS
-        layers = "unroll" if unrolls else "scan"
-    experts = mesh_experts(mesh, cfg, dispatch=config.experts, capacity_factor=config.capacity_factor)
-    return Runtime(
-        dtype=jnp.dtype(config.dtype),
-        remat=config.remat,
-        offload=config.offload in ("residuals", "both"),
-        layers=layers,
-        shard=sharder(mesh, SEQUENCE_PARALLEL if config.sequence_parallel else RULES),
-        gather=gatherer(mesh, leave=("experts",)),
-        keep=keep_all_but_gathered(mesh),
-        experts=experts,
-        run_stack=None if pipeline is None else pipeline.run,
-        run_loss=pipeline.loss if pipeline is not None and pipeline.schedule == "1f1b" else None,
-    )
 
 
 @dataclass(frozen=True)
@@ -130,94 +85,9 @@ class Trainer:
 
     def check(self) -> None:
         """ValueError for settings that do not fit each other, before anything is compiled."""
-        self._check_rows()
+        check_rows(self)
         _ = self.learning_rate, self._runtime, self.tx
-        self._check_sequence_parallel()
-        self._check_offload()
-        self._check_one_f_one_b()
-        self._check_monitor()
-        check_expert_bias(self.cfg, rate=self.loss.expert_bias_rate)
-        self._check_split()
-
-    def _check_split(self) -> None:
-        """ValueError for what needs every weight to be trained."""
-        if not self._splits:
-            return
-        if self.loss.expert_bias_rate:
-            raise ValueError(
-                f"loss: expert_bias_rate={self.loss.expert_bias_rate} moves biases of experts, which lora and "
-                "train.freeze keep as they are; use 0"
-            )
-        if self._pipeline is not None and self._pipeline.schedule == "1f1b":
-            raise ValueError(
-                "runtime.pipeline=1f1b takes the gradient of every weight, of which lora and train.freeze leave most "
-                "out; use gpipe or interleaved"
-            )
-
-    def _check_rows(self) -> None:
-        count, shards = self.train.accumulation, batch_shards(self.mesh.shape)
-        for size in self.train.batch_sizes.values():
-            if size // count % shards:
-                raise ValueError(
-                    f"train: a microbatch of {size // count} rows (batch_size {size} / accumulation {count}) cannot be "
-                    f"split over {shards} devices; nearest legal batch_size: "
-                    f"{nearest_multiples(size, of=count * shards)}"
-                )
-
-    def _check_sequence_parallel(self) -> None:
-        shards = self.mesh.shape["tp"] * self.mesh.shape["cp"]
-        if self.runtime.sequence_parallel and self.sequence_length % shards:
-            raise ValueError(
-                f"runtime: sequence_parallel cannot split rows of {self.sequence_length} tokens over {shards} devices; "
-                f"nearest legal: {nearest_multiples(self.sequence_length, of=shards)}"
-            )
-
-    def _check_offload(self) -> None:
-        offload, device = self.runtime.offload, self.mesh.local_devices[0]
-        kinds = [memory.kind for memory in device.addressable_memories()]
-        if offload != "none" and HOST_MEMORY not in kinds:
-            raise ValueError(
-                f"runtime: offload={offload} needs memory of the kind {HOST_MEMORY}, which {device.platform} devices "
-                f"do not have (only {', '.join(kinds)}); use offload=none"
-            )
-        if offload in ("residuals", "both") and self.runtime.remat == "none":
-            raise ValueError(
-                f"runtime: offload={offload} moves what remat keeps, but remat is none; use remat=full, dots or "
-                "projections, or offload=" + ("optimizer" if offload == "both" else "none")
-            )
-
-    def _check_one_f_one_b(self) -> None:
-        """ValueError for what cannot run while some microbatches go forward and others backward."""
-        if self._pipeline is None or self._pipeline.schedule != "1f1b":
-            return
-        if self.cfg.moe is not None and self.loss.balance_over != "row":
-            raise ValueError(
-                f"loss: balance_over={self.loss.balance_over} needs all rows before any gradient, which "
-                "runtime.pipeline=1f1b has not; use balance_over=row, or pipeline=gpipe or interleaved"
-            )
-        if self.mesh.shape["cp"] > 1:
-            raise ValueError(
-                f"runtime.pipeline=1f1b does not go with mesh.cp={self.mesh.shape['cp']}, whose exchanges of both ways "
-                "could wait for each other; use gpipe or interleaved"
-            )
-
-    def _check_monitor(self) -> None:
-        """ValueError for values that this model and mesh do not have."""
-        values, every, lines = self.monitor.values, self.monitor.every, self.train.log_every
-        if self._pipeline is not None and self.monitor.in_layers:
-            raise ValueError(
-                f"monitor.values has {', '.join(sorted(self.monitor.in_layers))}, which layers in a pipeline do not "
-                f"show (mesh.pp={self._pipeline.stages}); leave them out"
-            )
-        if "experts" in values and self.cfg.moe is None:
-            raise ValueError(f"monitor.values has experts, but {self.cfg.family} has none")
-        if "sources" in values and not self.sources:
-            raise ValueError("monitor.values has sources, but the data is a single one (data.paths)")
-        if self.monitor.measures and every % lines:
-            raise ValueError(
-                f"monitor.every is {every}, but only every {lines} steps there is a line of metrics (train.log_every); "
-                f"nearest legal: {nearest_multiples(every, of=lines)}"
-            )
+        check_settings(self)
 
     @cached_property
     def learning_rate(self) -> optax.Schedule:
@@ -266,11 +136,11 @@ class Trainer:
     def _runtime(self) -> Runtime:
         kinds = self.runtime.attention, self.runtime.context
         attend = make_attend(*kinds, self.cfg, self.mesh, length=self.sequence_length)
-        runtime = make_runtime(self.runtime, self.cfg, self.mesh, pipeline=self._pipeline)
+        runtime = make_runtime(self.runtime, self.cfg, self.mesh, pipeline=self.pipeline)
         return replace(runtime, attend=attend)
 
     @cached_property
-    def _pipeline(self) -> Pipeline | None:
+    def pipeline(self) -> Pipeline | None:
         """How layers are cut into stages. ValueError for a cut that does not fit the model, the mesh or the batch."""
         plans = [
             plan_pipeline(
@@ -300,7 +170,7 @@ class Trainer:
         return jax.tree_util.tree_map_with_path(lambda path, _: path_name(path) not in whole, self._plain_spec)
 
     @property
-    def _splits(self) -> bool:
+    def splits(self) -> bool:
         """Whether some parameters are not trained."""
         return self.adapter is not None or bool(self.frozen)
 
@@ -311,7 +181,7 @@ class Trainer:
 
     def _cut(self, tree: Params) -> tuple[Params, Params | None]:
         """A plain tree's trained part and the rest."""
-        return partition(tree, self._mask) if self._splits else (tree, None)
+        return partition(tree, self._mask) if self.splits else (tree, None)
 
     @property
     def _spec(self) -> Params:
@@ -335,7 +205,7 @@ class Trainer:
     @property
     def _arranged(self) -> Pipeline | None:
         """The pipeline, if its stages want layers in another order than the plain tree's."""
-        return None if self._pipeline is None or self._pipeline.is_plain else self._pipeline
+        return None if self.pipeline is None or self.pipeline.is_plain else self.pipeline
 
     @property
     def _unrolled(self) -> bool:
@@ -450,13 +320,13 @@ class Trainer:
         return self._inside(state)
 
     def _inside(self, state: TrainState) -> TrainState:
-        if self._is_plain and not (self._splits and self.adapter is None):
+        if self._is_plain and not (self.splits and self.adapter is None):
             return state
         before = state_shardings(self.plain_state)
 
         def inward(state: TrainState) -> TrainState:
             state = self._fetch(state, before)
-            if self._splits and self.adapter is None:
+            if self.splits and self.adapter is None:
                 (params, frozen), ema = self._cut(state.params), state.ema
                 state = state.replace(params=params, frozen=frozen, ema=None if ema is None else self._cut(ema)[0])
             return map_params(self._inward, state)
@@ -517,11 +387,13 @@ class Trainer:
 
     def _compiled_step(self, rows: int, *, measures: bool = False) -> Callable[..., Any]:
         """The update, in microbatches of so many rows, compiled when first called. measures: what `monitor` says."""
-        runtime, measure = self._runtime, None
+        observe, measure, limit = frozenset(), None, self.optimizer.qk_clip
         if measures:
             tidy = partial(self._arranged.restore, cfg=self.cfg) if self._arranged else (lambda tree: tree)
-            measure = make_measure(self.monitor.values, self.cfg, tidy=tidy)
-            runtime = replace(runtime, observe=self.monitor.in_layers)
+            measure, observe = make_measure(self.monitor.values, self.cfg, tidy=tidy), self.monitor.in_layers
+        if limit is not None:
+            observe |= {"attention_logits"}
+        runtime = replace(self._runtime, observe=observe)
         step = make_train_step(
             self._with_settings(lm_loss, rows=rows, runtime=runtime),
             self.tx,
@@ -531,6 +403,7 @@ class Trainer:
             clip_norm=self.optimizer.clip_norm,
             average=partial(averaged, config=self.train) if self._ema else None,
             balance=self._balance,
+            clip_logits=None if limit is None else partial(qk_clip, threshold=limit, cfg=self.cfg),
             place_gradient=self._place_gradient,
             extend=self._look_ahead,
             fetch=partial(self._fetch, places=self._places),

@@ -12,10 +12,10 @@ import optax
 from jaxformers.models.config import ModelConfig
 from jaxformers.models.params import Params
 from jaxformers.train.adafactor import scale_by_factored_moment
-from jaxformers.train.config import OptimizerConfig
 from jaxformers.train.eight_bit import in_eight_bits
 from jaxformers.train.groups import Share, leaf_settings
 from jaxformers.train.muon import muon_with_adam
+from jaxformers.train.optimizer_config import OptimizerConfig
 
 
 def decay_mask(spec: Params) -> Params:

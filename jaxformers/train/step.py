@@ -77,6 +77,7 @@ def make_train_step(
     clip_norm: float | None = None,
     average: Callable[[Params, Params, jax.Array], Params] | None = None,
     balance: Callable[[Params, jax.Array], Params] | None = None,
+    clip_logits: Callable[[Params, jax.Array], Params] | None = None,
     place_gradient: Callable[[Params], Params] = lambda grads: grads,
     extend: Callable[[Batch], Batch] = lambda batch: batch,
     fetch: Callable[[TrainState], TrainState] = lambda state: state,
@@ -89,6 +90,7 @@ def make_train_step(
     norm before clipping to `clip_norm`.
     average(average, parameters, updates made) is the average after an update.
     balance(parameters, load [sparse layers, E]) moves, after the optimizer, what it does not: experts' biases.
+    clip_logits(parameters, largest attention logits [layers, H]) scales down, then, what makes those too large.
     place_gradient pins a microbatch's gradient to its place on the mesh. extend gives the batch what the loss needs
     beside it, before it is split. fetch brings what of a state is elsewhere to the devices, for the update.
     complete(parameters, state, microbatch) is the model that the loss sees of the trained parameters in the microbatch
@@ -117,10 +119,14 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         if balance is not None:
             params = balance(params, sums.load)
+        if clip_logits is not None:
+            params = clip_logits(params, sums.seen.logits)
         ema = state.ema
         if ema is not None and average is not None:
             ema = average(ema, params, state.step + 1 - state.guard.skipped)
         metrics = {"objective": value, "grad_norm": norm, "lr": rate, **mean_metrics(sums, Totals.of(batch))}
+        if clip_logits is not None:
+            metrics["max_attention_logit"] = sums.seen.logits.max()
         if measure is not None:
             trees = {"grad": raw, "update": updates, "param": state.params}
             metrics |= measure(sums, Totals.of(batch), trees)

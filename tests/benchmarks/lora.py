@@ -34,7 +34,8 @@ def make_trainer(kind: str, options: argparse.Namespace):
     from jaxformers.hub.targets import Wish, plan_adapter
     from jaxformers.parallel.mesh import single_device_mesh
     from jaxformers.train.build import Trainer
-    from jaxformers.train.config import RuntimeConfig, ScheduleConfig, TrainConfig
+    from jaxformers.train.config import RuntimeConfig, TrainConfig
+    from jaxformers.train.optimizer_config import ScheduleConfig
 
     cfg = read_config(LLAMA_110M)
     wish = Wish(targets=options.targets.split(","), rank=options.rank, base=None if kind == "lora" else kind)

@@ -14,7 +14,8 @@ from jaxformers.models.quantized import NF4, quantize
 from jaxformers.models.weights import LoRA, grouped_linear, linear
 from jaxformers.parallel.mesh import MeshConfig, make_mesh, single_device_mesh
 from jaxformers.train.build import Trainer
-from jaxformers.train.config import LossConfig, RuntimeConfig, ScheduleConfig, TrainConfig
+from jaxformers.train.config import LossConfig, RuntimeConfig, TrainConfig
+from jaxformers.train.optimizer_config import ScheduleConfig
 
 MIXTRAL = {
     "model_type": "mixtral",

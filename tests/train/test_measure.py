@@ -18,16 +18,10 @@ from jaxformers.models.observe import max_logits
 from jaxformers.models.runtime import Runtime
 from jaxformers.parallel.mesh import MeshConfig, batch_sharding, make_mesh
 from jaxformers.train.build import Trainer
-from jaxformers.train.config import (
-    LossConfig,
-    MonitorConfig,
-    OptimizerConfig,
-    RuntimeConfig,
-    ScheduleConfig,
-    TrainConfig,
-)
+from jaxformers.train.config import LossConfig, MonitorConfig, RuntimeConfig, TrainConfig
 from jaxformers.train.losses import Totals, lm_loss, token_sums
 from jaxformers.train.measure import module_norms
+from jaxformers.train.optimizer_config import OptimizerConfig, ScheduleConfig
 from jaxformers.train.state import state_shardings
 
 SMALL = LLAMA | {"vocab_size": 64, "num_attention_heads": 8, "head_dim": 8}
