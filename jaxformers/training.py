@@ -15,21 +15,21 @@ from typing import Any
 import grain
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 from rich.console import Console
-from rich.progress import Progress
 
 from jaxformers.api import TOKENIZER_FOLDER, FoundModel, Model, find_model
 from jaxformers.config import RunConfig, dump_yaml, load_config
 from jaxformers.data.chat_templates import with_chat_template
 from jaxformers.data.config import TokenizerConfig
-from jaxformers.data.corpus import Corpus, CorpusReport, build_tokenizer, open_corpus
-from jaxformers.data.pipeline import process_share, to_global, train_iterator, validation_batches
+from jaxformers.data.corpus import build_tokenizer
+from jaxformers.data.pipeline import to_global
 from jaxformers.data.rows import Row
 from jaxformers.data.tokenizer import Tokenizer, check_vocabulary
 from jaxformers.families import read_config
 from jaxformers.families.catalog import is_published
 from jaxformers.families.common import untied, without_mtp
+from jaxformers.feeding import Feed, check_best, describe_corpus, fingerprint, make_feed, open_run_corpus
 from jaxformers.generation import generate
 from jaxformers.hub.peft import merged_model
 from jaxformers.hub.targets import frozen_entries
@@ -37,11 +37,11 @@ from jaxformers.models.adapters import is_adapted
 from jaxformers.models.config import ModelConfig
 from jaxformers.models.params import Params, count_params, flops_per_token, model_spec
 from jaxformers.parallel.distributed import differing, is_first, wait_for_all
-from jaxformers.parallel.mesh import batch_sharding, make_mesh, nearest_multiples, param_shardings
+from jaxformers.parallel.mesh import make_mesh, nearest_multiples, param_shardings
 from jaxformers.starting import Start, find_start
 from jaxformers.train.build import Trainer
 from jaxformers.train.checkpoint import Checkpointer
-from jaxformers.train.config import CheckpointConfig, ProfileConfig
+from jaxformers.train.config import ProfileConfig
 from jaxformers.train.goodput import Goodput
 from jaxformers.train.guard import after_rollback
 from jaxformers.train.loop import Result, Supervision, train
@@ -51,7 +51,7 @@ from jaxformers.train.profile import Profiler
 from jaxformers.train.provenance import library_versions
 from jaxformers.train.requests import Requests
 from jaxformers.train.restore import load_state
-from jaxformers.train.retention import VALIDATION, Metric
+from jaxformers.train.retention import Metric
 from jaxformers.train.state import TrainState
 from jaxformers.train.trackers import check_trackers, open_trackers
 from jaxformers.train.watchdog import Watchdog
@@ -224,11 +224,12 @@ def fit(
             say(note)
         if start is not None and config.lora is not None:
             _check_base(start, meta)
-        corpus = _open_corpus(config, tokenizer, console)
-        _say_corpus(corpus, console)
-        _check_same_everywhere(_fingerprint(corpus), "data", done="open its data")
-        feed = _feed(setup, corpus)
-        _check_best(config.checkpoint, feed)
+        corpus = open_run_corpus(config, tokenizer, console)
+        for line in describe_corpus(corpus):
+            _print(line, console)
+        _check_same_everywhere(fingerprint(corpus), "data", done="open its data")
+        feed = make_feed(config, setup.mesh, corpus)
+        check_best(config.checkpoint, feed)
         state = _first_state(setup, start, feed.batches, console)
         # Only now is it certain that the run may go on here: what it says of itself is left as it was until then.
         if resume_step is not None:
@@ -344,95 +345,6 @@ def _tokenizer_origin(setup: Setup) -> str:
         return str(setup.pretrained.path)
     given = given or TokenizerConfig()
     return given.path if given.kind == "file" and given.path else given.kind
-
-
-def _open_corpus(config: RunConfig, tokenizer: Tokenizer, console: Console) -> Corpus:
-    """The corpus, with a progress bar while it is tokenized."""
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("tokenizing", total=None, visible=False)
-        return open_corpus(
-            config.data,
-            tokenizer,
-            rows_before=config.train.rows_before,
-            progress=lambda done, total: bar.update(task, completed=done, total=total, visible=True),
-        )
-
-
-def _fingerprint(corpus: Corpus) -> str:
-    """Equal where processes have the same rows to train and to validate on."""
-    held_out = [source.validation for source in (corpus.sources or {"": corpus}).values()]
-    return " ".join(rows.fingerprint_before(len(rows)) for rows in (corpus.train, *held_out))
-
-
-def _say_corpus(corpus: Corpus, console: Console) -> None:
-    for name, source in (corpus.sources or {"": corpus}).items():
-        for line in _describe_corpus(source.report):
-            _print(f"data{name and f' {name}'}: {line}", console)
-
-
-def _describe_corpus(report: CorpusReport) -> list[str]:
-    tests = f", {report.test_documents:,} kept for tests" if report.test_documents else ""
-    lines = [
-        f"{report.files:,} files, {report.train_documents:,} documents of {report.train_tokens:,} tokens, "
-        f"{report.validation_documents:,} held out ({report.validation_tokens:,} tokens){tests}, "
-        f"rows {100 * report.train_efficiency:.1f}% full"
-    ]
-    if report.skipped:
-        lines.append(f"skipped {report.skipped} records that are no text, the first {report.skipped_names[0]}")
-    if report.conversations:
-        share = report.learned_tokens / max(report.train_tokens, 1)
-        lines.append(
-            f"{report.conversations:,} conversations, {report.learned_tokens:,} of the {report.train_tokens:,} tokens "
-            f"({share:.1%}) are learned"
-        )
-    if report.too_long:
-        lines.append(
-            f"{report.too_long:,} conversations are longer than a row, left out or cut as data.chat.too_long says, the "
-            f"first {report.too_long_names[0]}"
-        )
-    return lines
-
-
-@dataclass(frozen=True)
-class Feed:
-    """A run's batches, those to validate on by source, and how they are laid out on its mesh."""
-
-    batches: grain.DatasetIterator[Row]
-    validation: Mapping[str, Sequence[Row]]
-    spec: PartitionSpec
-
-
-def _feed(setup: Setup, corpus: Corpus) -> Feed:
-    config, train = setup.config, setup.config.train
-    spec = batch_sharding((train.batch_size, config.data.sequence_length), setup.mesh).spec
-    share = process_share(setup.mesh, spec)
-    shares = {"process_index": share.index, "process_count": share.count}
-    sources = {name: source.validation for name, source in (corpus.sources or {"": corpus}).items()}
-    sources = {name: rows for name, rows in sources.items() if train.eval_batches and len(rows)}
-    # An evaluation has the memory of a microbatch, and reads as many rows as the config says in whole batches, as many
-    # of each source.
-    size, most = train.batch_size // train.accumulation, train.eval_batches * train.accumulation
-    most = -(-most // max(len(sources), 1))
-    validation = {
-        name: validation_batches(rows, batch_size=size, max_batches=most, **shares) for name, rows in sources.items()
-    }
-    ramp = {train.rows_before(step): rows for step, rows in train.batch_ramp.items()}
-    with_sources = "sources" in config.monitor.values
-    batches = train_iterator(
-        corpus.train, batch_size=train.batch_size, batch_ramp=ramp, with_sources=with_sources, **shares
-    )
-    return Feed(batches, validation, spec)
-
-
-def _check_best(config: CheckpointConfig, feed: Feed) -> None:
-    """Refuses to keep the best by a source that nothing is validated on."""
-    names = [VALIDATION] if feed.validation else []
-    names += [f"{VALIDATION}/{name}" for name in feed.validation] if len(feed.validation) > 1 else []
-    metric = Metric.parse(config.best_metric)
-    if config.keep_best is not None and metric.evaluated and metric.name not in names:
-        raise ValueError(
-            f"checkpoint.keep_best goes by {metric.name}, but validation measures {', '.join(names) or 'nothing'}"
-        )
 
 
 def _first_state(
