@@ -89,6 +89,7 @@ def test_metrics_jsonl_holds_one_object_a_step_with_every_field(whole):
 def test_the_run_directory_holds_the_resolved_config_the_tokenizer_and_the_checkpoints(whole):
     config, result = whole("plain")
     assert {path.name for path in result.run_dir.iterdir()} == {
+        "about.json",
         "config.yaml",
         "metrics.jsonl",
         "checkpoints",
