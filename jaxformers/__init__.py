@@ -18,6 +18,7 @@ _HOME = {
     "stream": "jaxformers.generation",
     "Engine": "jaxformers.infer.engine",
     "EngineConfig": "jaxformers.infer.request",
+    "Replicas": "jaxformers.infer.engine",
     "Request": "jaxformers.infer.request",
     "Conversation": "jaxformers.chat",
     "fit": "jaxformers.training",

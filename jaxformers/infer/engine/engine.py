@@ -16,12 +16,13 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from jaxformers.infer.engine import programs
 from jaxformers.infer.engine.checks import Sizes, check_request, pages_needed
 from jaxformers.infer.engine.compilations import compilations
 from jaxformers.infer.engine.pages import Pages, piece_digests
+from jaxformers.infer.engine.placement import engine_runtime, mesh_of
 from jaxformers.infer.engine.queue import Queue, Waiting
 from jaxformers.infer.engine.running import Running, told
 from jaxformers.infer.engine.state import init_state, new_row
@@ -56,17 +57,18 @@ class Engine:
             model = prepare_model(model.params, model.config, model.mesh, dtype=model.dtype)
         self.config, self._cfg, self._params = config, model.config, model.params
         self._sizes = sizes = Sizes.of(config, model.config)
+        self._mesh = mesh_of(model.params)
         runtime = dataclasses.replace(model.runtime, attend=attend_in_pages(sizes.block))
+        runtime = engine_runtime(runtime, model.config, self._mesh)
         self._model = {"cfg": model.config, "runtime": runtime}
-        state = init_state(
-            model.config,
-            slots=config.slots,
-            pages=sizes.pages,
-            page_size=config.page_size,
-            width=sizes.width,
-            dtype=runtime.dtype,
-        )
-        self._state = jax.device_put(state, _everywhere(model.params))
+        with jax.set_mesh(self._mesh):
+            self._state = init_state(
+                **self._model,
+                slots=config.slots,
+                pages=sizes.pages,
+                page_size=config.page_size,
+                width=sizes.width,
+            )
         self.pages = Pages(sizes.pages)
         self._piece_pages = config.prefill_piece // config.page_size
         self._running: dict[int, Running] = {}  # by slot
@@ -112,10 +114,11 @@ class Engine:
         """Takes requests into free slots, reads some of their prompts, and makes a few tokens in every slot that is
         ready to."""
         before = compilations()
-        events = self._end_unwanted()
-        self._admit()
-        events += self._read_prompts()
-        events += self._decode()
+        with jax.set_mesh(self._mesh):  # whatever the caller's is: it is part of what a program is compiled for
+            events = self._end_unwanted()
+            self._admit()
+            events += self._read_prompts()
+            events += self._decode()
         if self._ready:
             self._sums["compilations"] += compilations() - before
         return events
@@ -123,8 +126,9 @@ class Engine:
     def warm_up(self) -> None:
         """Compiles, or loads from the compilation cache, all that will ever be run. Not while requests run."""
         assert not self._running, "an engine is warmed up before it has requests"
-        for _ in range(2):  # the second time with a state that has been through every program, as all later ones have
-            self._run_every_program()
+        with jax.set_mesh(self._mesh):
+            for _ in range(2):  # the second time with a state that has been through every program, as later ones have
+                self._run_every_program()
         jax.block_until_ready(self._state)
         self._ready = True
 
@@ -369,12 +373,6 @@ def checked_mask(mask: np.ndarray, vocab_size: int) -> np.ndarray:
 def one_line(error: Exception) -> str:
     """What went wrong in a constraint."""
     return " ".join(f"{type(error).__name__}: {error}".split())
-
-
-def _everywhere(params: Params) -> jax.sharding.Sharding:
-    """Where the parameters are, with a copy on every device."""
-    placed = jax.tree.leaves(params)[0].sharding
-    return NamedSharding(placed.mesh, PartitionSpec()) if isinstance(placed, NamedSharding) else placed
 
 
 def _circumstances(cfg: ModelConfig, length: int) -> bytes:

@@ -68,13 +68,14 @@ def prefill_chunk(
         last=(length - 1)[None],
         runtime=runtime,
     )
-    return state.with_cache(hidden.cache), hidden.x[0]
+    return state.with_cache(hidden.cache).placed(runtime.shard), runtime.shard(hidden.x[0], None, None)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "runtime"))
 def score(params: Params, x: jax.Array, tokens: jax.Array, *, cfg: ModelConfig, runtime: Runtime) -> Logprobs:
     """The log-probabilities of the tokens int32 [C] behind those that the layers made x [C, D] of."""
-    return Logprobs.of(unembed(gather_shared(params, cfg, runtime), cfg, x, runtime), tokens)
+    logits = unembed(gather_shared(params, cfg, runtime), cfg, x, runtime)
+    return Logprobs.of(runtime.shard(logits, None, None), tokens)
 
 
 @functools.partial(jax.jit, donate_argnames="state")
@@ -136,7 +137,8 @@ def _step(params: Params, state: State, cfg: ModelConfig, runtime: Runtime) -> t
         cache=state.cache(state.table),
         runtime=runtime,
     )
-    tokens, logprobs = choose(unembed(params, cfg, hidden.x[:, 0], runtime), rows)
+    logits = unembed(params, cfg, hidden.x[:, 0], runtime)
+    tokens, logprobs = choose(runtime.shard(logits, None, None), rows)
     place = rows.position + 1
     stopped = jnp.take_along_axis(rows.stops, tokens[:, None], axis=1)[:, 0]
     goes_on = active & ~stopped & (place < rows.end)
@@ -146,4 +148,4 @@ def _step(params: Params, state: State, cfg: ModelConfig, runtime: Runtime) -> t
         counts=rows.counts.add(tokens, active),
     )
     made = Decoded(jnp.where(active, tokens, NO_TOKEN), logprobs)
-    return state.with_cache(hidden.cache).replace(rows=rows), made
+    return state.with_cache(hidden.cache).replace(rows=rows).placed(runtime.shard), made

@@ -6,6 +6,7 @@ B slots, V vocabulary, W pages of a slot at most
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -17,6 +18,7 @@ from jaxformers.infer.request import Request
 from jaxformers.infer.sampling import SamplingParams, TokenCounts
 from jaxformers.models.config import ModelConfig
 from jaxformers.models.paged import NOWHERE, Paged, init_pools
+from jaxformers.models.runtime import Runtime
 
 IDLE = -1  # the position of a slot that makes no tokens
 
@@ -48,6 +50,12 @@ class State:
     def cache(self, table: jax.Array) -> list[dict[str, Paged]]:
         """The model's cache of rows with these pages."""
         return [{name: Paged(pool, table) for name, pool in layer.items()} for layer in self.pools]
+
+    def placed(self, shard: Callable[..., jax.Array]) -> State:
+        """With pools split over kv heads, as far as these can be split, and all else whole on every device."""
+        split = jax.tree.map(lambda pool: shard(pool, None, "kv_heads", *(None,) * (pool.ndim - 2)), self.pools)
+        whole = jax.tree.map(lambda a: shard(a, *(None,) * a.ndim), (self.table, self.rows))
+        return State(split, *whole)
 
     def with_cache(self, cache: list[dict[str, Paged]]) -> State:
         """With what the model wrote."""
@@ -93,12 +101,10 @@ def _among(ids: Any, vocab_size: int) -> np.ndarray:
     return found
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "slots", "pages", "page_size", "width", "dtype"))
-def init_state(
-    cfg: ModelConfig, *, slots: int, pages: int, page_size: int, width: int, dtype: jax.typing.DTypeLike
-) -> State:
+@functools.partial(jax.jit, static_argnames=("cfg", "runtime", "slots", "pages", "page_size", "width"))
+def init_state(*, cfg: ModelConfig, runtime: Runtime, slots: int, pages: int, page_size: int, width: int) -> State:
     """An engine's state before its first request: `pages` pages of `page_size` tokens, `width` of them a slot."""
     row = new_row(Request(prompt=(0,)), 0, cfg.vocab_size)
     rows = jax.tree.map(lambda one: jnp.broadcast_to(one, (slots, *np.shape(one))), row)
-    pools = init_pools(cfg, pages, page_size, dtype=dtype)
-    return State(pools, jnp.full((slots, width), NOWHERE, jnp.int32), rows)
+    pools = init_pools(cfg, pages, page_size, dtype=runtime.dtype)
+    return State(pools, jnp.full((slots, width), NOWHERE, jnp.int32), rows).placed(runtime.shard)
