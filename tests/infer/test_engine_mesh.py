@@ -10,8 +10,7 @@ from infer.engines import Answer, answers, tokens_of
 from tiny import LLAMA, random_params
 
 from jaxformers.families import read_config
-from jaxformers.infer.engine import Engine, Replicas, checks
-from jaxformers.infer.generate import prepare_model
+from jaxformers.infer.engine import Engine, Replicas, sizes
 from jaxformers.infer.request import EngineConfig, QueueFull, Request
 from jaxformers.models.params import model_spec
 from jaxformers.parallel.mesh import MeshConfig, make_mesh, param_shardings, single_device_mesh
@@ -41,7 +40,7 @@ SHAPES = {
 def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checks, "KEY_BLOCK", 16)
+        patch.setattr(sizes, "KEY_BLOCK", 16)
         yield
     jax.config.update("jax_disable_most_optimizations", False)
 

@@ -19,12 +19,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxformers.infer.engine import programs
-from jaxformers.infer.engine.checks import Sizes, check_request, pages_needed
+from jaxformers.infer.engine.checks import check_request, pages_needed
 from jaxformers.infer.engine.compilations import compilations
 from jaxformers.infer.engine.pages import Pages, piece_digests
 from jaxformers.infer.engine.placement import engine_runtime, mesh_of
 from jaxformers.infer.engine.queue import Queue, Waiting
+from jaxformers.infer.engine.recent import Held, Recent
 from jaxformers.infer.engine.running import Running, told
+from jaxformers.infer.engine.sizes import Sizes
 from jaxformers.infer.engine.state import init_state, new_row
 from jaxformers.infer.generate import Prepared, prepare_model
 from jaxformers.infer.request import EngineConfig, EngineStats, Event, Finish, Request
@@ -62,15 +64,10 @@ class Engine:
         runtime = engine_runtime(runtime, model.config, self._mesh)
         self._model = {"cfg": model.config, "runtime": runtime}
         with jax.set_mesh(self._mesh):
-            self._state = init_state(
-                **self._model,
-                slots=config.slots,
-                pages=sizes.pages,
-                page_size=config.page_size,
-                width=sizes.width,
-            )
+            self._state = init_state(**self._model, sizes=sizes)
         self.pages = Pages(sizes.pages)
         self._piece_pages = config.prefill_piece // config.page_size
+        self.recent = _recent(sizes, config)
         self._running: dict[int, Running] = {}  # by slot
         self._lock = threading.Lock()  # for what other threads touch: the next four
         self._queue = Queue(config.queue_requests, config.queue_tokens)
@@ -153,7 +150,10 @@ class Engine:
         slot, piece, vocab_size = np.int32(0), self.config.prefill_piece, self._cfg.vocab_size
         nothing = np.zeros(piece, np.int32)
         row = new_row(Request(prompt=(0,)), 0, vocab_size)
-        self._state = programs.admit(self._state, slot, self._padded([]), row)
+        tables = self._tables([], {})
+        self._state = programs.admit(self._state, slot, tables, row)
+        if self.recent is not None:
+            self._state = programs.turn(self._state, slot, tables)
         self._state, x = programs.prefill_chunk(
             self._params, self._state, slot, nothing, np.int32(0), np.int32(1), **self._model
         )
@@ -196,7 +196,7 @@ class Engine:
         there is no room."""
         request, piece = waiting.request, self.config.prefill_piece
         digests = self._digests(request)
-        shared = self.pages.find(digests) if request.prompt_logprobs is None else []
+        shared = self._find(digests) if request.prompt_logprobs is None else []
         needed = pages_needed(request, self.config.page_size)
         pages = self.pages.take(shared, needed - len(shared))
         if pages is None:
@@ -204,7 +204,17 @@ class Engine:
         slot = min(set(range(self.config.slots)) - self._running.keys())
         read = len(shared) * self.config.page_size
         assert read % piece == 0, (read, piece)
-        return Running(waiting, slot, pages, digests, read, read)
+        run = Running(waiting, slot, pages, digests, read, read)
+        if self.recent is not None:
+            self.recent.share(run.recent, digests, read // piece)
+        return run
+
+    def _find(self, digests: list[bytes]) -> list[int]:
+        """The pages of the longest known beginning of a prompt behind which it can go on."""
+        found = self.pages.find(digests)
+        if self.recent is None:
+            return found
+        return found[: self.recent.reach(digests, len(found) // self._piece_pages) * self._piece_pages]
 
     def _digests(self, request: Request) -> list[bytes]:
         """Of the pieces of its prompt that can be shared: whole ones, before the last token, which is decoded."""
@@ -217,20 +227,27 @@ class Engine:
     def _give_slot(self, run: Running) -> None:
         """Tells the device whose slot it is, and with which pages."""
         row = new_row(run.request, run.waited.seed, self._cfg.vocab_size)
-        self._state = programs.admit(self._state, np.int32(run.slot), self._padded(run.pages), row)
+        self._state = programs.admit(self._state, np.int32(run.slot), self._tables(run.pages, run.recent), row)
 
     def _end(self, run: Running, finish: Finish) -> None:
         """Takes a request's slot and pages from it: the only place where that is done."""
         self._state = programs.release(self._state, np.int32(run.slot))
         del self._running[run.slot]
         self.pages.give_back(run.pages)
+        if self.recent is not None:
+            self.recent.end(run.recent)
         self._sums["cancelled" if finish == "cancelled" else "finished"] += 1
 
-    def _padded(self, pages: list[int]) -> np.ndarray:
-        """A slot's row of the table."""
+    def _tables(self, pages: list[int], recent: Held) -> tuple[np.ndarray, ...]:
+        """A slot's row of each table."""
         row = np.zeros(self._sizes.width, np.int32)
         row[: len(pages)] = pages
-        return row
+        return (row,) if self.recent is None else (row, self.recent.row(recent, self._sizes.width))
+
+    def _move(self, run: Running, start: int, end: int) -> None:
+        """Layers that look back only so far keep what is seen from positions `start` to `end`, and have room there."""
+        if self.recent is not None and self.recent.move(run.recent, start, end):
+            self._state = programs.turn(self._state, np.int32(run.slot), self._tables(run.pages, run.recent))
 
     # Prompts
 
@@ -251,6 +268,7 @@ class Engine:
             return
         size, length = self.config.prefill_piece, len(run.request.prompt)
         tokens = run.piece(size)
+        self._move(run, run.read, min(run.read + size, length - 1))
         position, slot = np.int32(run.read), np.int32(run.slot)
         self._state, x = programs.prefill_chunk(
             self._params, self._state, slot, tokens[:-1], position, np.int32(length), **self._model
@@ -264,13 +282,15 @@ class Engine:
             self.pages.remember(
                 run.digests[number], run.pages[run.read // self.config.page_size :][: self._piece_pages]
             )
+            if self.recent is not None:
+                self.recent.remember(run.recent, run.digests[number], number)
         run.read += size
 
     def _adopt(self, run: Running) -> bool:
         """Whether others have read what a request would read next: its own pages for that go, and theirs come."""
         if run.request.prompt_logprobs is not None:
             return False
-        known, have = self.pages.find(run.digests), run.read // self.config.page_size
+        known, have = self._find(run.digests), run.read // self.config.page_size
         if len(known) <= have:
             return False
         own, new = run.pages[have : len(known)], known[have:]
@@ -278,6 +298,8 @@ class Engine:
         assert taken == new
         self.pages.give_back(own)
         run.pages[have : len(known)] = new
+        if self.recent is not None:
+            self.recent.share(run.recent, run.digests, len(known) // self._piece_pages)
         self._give_slot(run)
         run.read = len(known) * self.config.page_size
         run.cached += len(new) * self.config.page_size
@@ -306,7 +328,11 @@ class Engine:
         started = [run for run in self._running.values() if run.started]
         if not started:
             return events
-        made = self._make_tokens(1 if constrained else self.config.decode_steps)
+        count = 1 if constrained else self.config.decode_steps
+        for run in started:
+            end = len(run.request.prompt) + run.request.max_new_tokens - 1
+            self._move(run, run.position, min(run.position + count, end))
+        made = self._make_tokens(count)
         return events + [self._take(run, made) for run in started]
 
     def _make_tokens(self, count: int) -> programs.Decoded:
@@ -373,6 +399,15 @@ def checked_mask(mask: np.ndarray, vocab_size: int) -> np.ndarray:
 def one_line(error: Exception) -> str:
     """What went wrong in a constraint."""
     return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _recent(sizes: Sizes, config: EngineConfig) -> Recent | None:
+    """The pages of layers that look back only so far, where these have pages of their own."""
+    if sizes.recent_pages is None:
+        return None
+    assert sizes.window is not None
+    pages = config.prefill_piece // config.page_size
+    return Recent(sizes.recent_pages, window=sizes.window, piece=config.prefill_piece, piece_pages=pages)
 
 
 def _circumstances(cfg: ModelConfig, length: int) -> bytes:

@@ -31,10 +31,16 @@ class Decoded:
 
 
 @functools.partial(jax.jit, donate_argnames="state")
-def admit(state: State, slot: jax.Array, pages: jax.Array, row: Rows) -> State:
-    """Gives a slot to a request: its pages int32 [W], and what it needs of the slot. It makes no token yet."""
+def admit(state: State, slot: jax.Array, tables: tuple[jax.Array, ...], row: Rows) -> State:
+    """Gives a slot to a request: its pages, each int32 [W], and what it needs of the slot. It makes no token yet."""
     rows = jax.tree.map(lambda every, one: every.at[slot].set(one), state.rows, row)
-    return state.replace(table=state.table.at[slot].set(pages), rows=rows)
+    return state.with_pages(slot, tables).replace(rows=rows)
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def turn(state: State, slot: jax.Array, tables: tuple[jax.Array, ...]) -> State:
+    """Says which pages a slot has by now."""
+    return state.with_pages(slot, tables)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "runtime"), donate_argnames="state")
@@ -58,13 +64,13 @@ def prefill_chunk(
     params = gather_shared(params, cfg, runtime)
     positions = start + jnp.arange(tokens.shape[0], dtype=jnp.int32)
     positions = jnp.where(positions < length - 1, positions, -1)
-    table = state.table[slot][None]
+    tables = tuple(table[slot][None] for table in state.tables)
     hidden = hidden_states(
         params,
         cfg,
         tokens[None],
         positions=positions[None],
-        cache=state.cache(table),
+        cache=state.cache(tables),
         last=(length - 1)[None],
         runtime=runtime,
     )
@@ -96,7 +102,7 @@ def allow(state: State, slot: jax.Array, tokens: jax.Array) -> State:
 def release(state: State, slot: jax.Array) -> State:
     """Takes a slot, and its pages, from its request."""
     rows = state.rows.replace(position=state.rows.position.at[slot].set(IDLE))
-    return state.replace(table=state.table.at[slot].set(NOWHERE), rows=rows)
+    return state.replace(tables=tuple(table.at[slot].set(NOWHERE) for table in state.tables), rows=rows)
 
 
 @functools.partial(jax.jit, static_argnames=("most", "cfg", "runtime"), donate_argnames="state")
@@ -108,7 +114,7 @@ def decode(
     A slot goes idle behind a stop id, which is told too, and behind the last token of its request.
     """
     params = gather_shared(params, cfg, runtime)
-    slots = state.table.shape[0]
+    slots = state.rows.token.shape[0]
     nothing = Logprobs.nothing(slots, most, vocab_size=cfg.vocab_size)
     made = Decoded(jnp.full((slots, most), NO_TOKEN, jnp.int32), nothing)
 
@@ -134,7 +140,7 @@ def _step(params: Params, state: State, cfg: ModelConfig, runtime: Runtime) -> t
         cfg,
         rows.token[:, None],
         positions=rows.position[:, None],
-        cache=state.cache(state.table),
+        cache=state.cache(state.tables),
         runtime=runtime,
     )
     logits = unembed(params, cfg, hidden.x[:, 0], runtime)

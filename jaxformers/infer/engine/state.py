@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxformers.infer.engine.sizes import Sizes
 from jaxformers.infer.request import Request
 from jaxformers.infer.sampling import SamplingParams, TokenCounts
 from jaxformers.models.config import ModelConfig
-from jaxformers.models.paged import NOWHERE, Paged, init_pools
+from jaxformers.models.paged import NOWHERE, Paged, Pool, init_pools
 from jaxformers.models.runtime import Runtime
 
 IDLE = -1  # the position of a slot that makes no tokens
@@ -41,21 +42,31 @@ class Rows:
 
 @flax.struct.dataclass
 class State:
-    """`pools` of pages, one dict a layer; `table` int32 [B, W], each slot's pages; and its `rows`."""
+    """`pools` of pages, one dict a layer; `tables`, each slot's pages int32 [B, W]: one for layers that look back all
+    the way, and where some keep no more than they look back at, one for those: `recent` says which they are; and
+    `rows`."""
 
-    pools: list[dict[str, jax.Array]]
-    table: jax.Array
+    pools: list[dict[str, Pool]]
+    tables: tuple[jax.Array, ...]
     rows: Rows
+    recent: tuple[bool, ...] = flax.struct.field(pytree_node=False)
 
-    def cache(self, table: jax.Array) -> list[dict[str, Paged]]:
+    def cache(self, tables: tuple[jax.Array, ...]) -> list[dict[str, Paged]]:
         """The model's cache of rows with these pages."""
-        return [{name: Paged(pool, table) for name, pool in layer.items()} for layer in self.pools]
+        return [
+            {name: Paged(pool, tables[recent]) for name, pool in layer.items()}
+            for recent, layer in zip(self.recent, self.pools, strict=True)
+        ]
+
+    def with_pages(self, slot: jax.Array, tables: tuple[jax.Array, ...]) -> State:
+        """With these pages int32 [W] of a slot."""
+        return self.replace(tables=tuple(old.at[slot].set(new) for old, new in zip(self.tables, tables, strict=True)))
 
     def placed(self, shard: Callable[..., jax.Array]) -> State:
         """With pools split over kv heads, as far as these can be split, and all else whole on every device."""
         split = jax.tree.map(lambda pool: shard(pool, None, "kv_heads", *(None,) * (pool.ndim - 2)), self.pools)
-        whole = jax.tree.map(lambda a: shard(a, *(None,) * a.ndim), (self.table, self.rows))
-        return State(split, *whole)
+        tables, rows = jax.tree.map(lambda a: shard(a, *(None,) * a.ndim), (self.tables, self.rows))
+        return self.replace(pools=split, tables=tables, rows=rows)
 
     def with_cache(self, cache: list[dict[str, Paged]]) -> State:
         """With what the model wrote."""
@@ -101,10 +112,14 @@ def _among(ids: Any, vocab_size: int) -> np.ndarray:
     return found
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "runtime", "slots", "pages", "page_size", "width"))
-def init_state(*, cfg: ModelConfig, runtime: Runtime, slots: int, pages: int, page_size: int, width: int) -> State:
-    """An engine's state before its first request: `pages` pages of `page_size` tokens, `width` of them a slot."""
+@functools.partial(jax.jit, static_argnames=("cfg", "runtime", "sizes"))
+def init_state(*, cfg: ModelConfig, runtime: Runtime, sizes: Sizes) -> State:
+    """An engine's state before its first request."""
     row = new_row(Request(prompt=(0,)), 0, cfg.vocab_size)
-    rows = jax.tree.map(lambda one: jnp.broadcast_to(one, (slots, *np.shape(one))), row)
-    pools = init_pools(cfg, pages, page_size, dtype=runtime.dtype)
-    return State(pools, jnp.full((slots, width), NOWHERE, jnp.int32), rows).placed(runtime.shard)
+    rows = jax.tree.map(lambda one: jnp.broadcast_to(one, (sizes.slots, *np.shape(one))), row)
+    recent = tuple(sizes.recent_pages is not None and kind.window is not None for kind in cfg.layers)
+    counts = [sizes.recent_pages if few else sizes.pages for few in recent]
+    dtype = runtime.dtype if sizes.cache_dtype is None else jnp.dtype(sizes.cache_dtype)
+    pools = init_pools(cfg, counts, sizes.page_size, dtype=dtype)
+    tables = (jnp.full((sizes.slots, sizes.width), NOWHERE, jnp.int32),) * (2 if any(recent) else 1)
+    return State(pools, tables, rows, recent).placed(runtime.shard)
