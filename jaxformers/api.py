@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +12,23 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxformers.adapters import FoundAdapter, saved_adapter
 from jaxformers.data.gguf_tokenizer import gguf_tokenizer
 from jaxformers.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from jaxformers.families import read_config
 from jaxformers.families.common import without_mtp
 from jaxformers.hub.convert import import_deferred, import_params
+from jaxformers.hub.fingerprint import fingerprint
 from jaxformers.hub.fp8 import open_weights
 from jaxformers.hub.gguf import open_gguf
 from jaxformers.hub.gguf_models import gguf_config, gguf_generation, gguf_tensors
+from jaxformers.hub.layout import parts
 from jaxformers.hub.mtp import choose_modules
+from jaxformers.hub.peft import fit_adapter, merged_model, read_adapter, stack_adapters
 from jaxformers.hub.pretrained import read_generation_config, write_pretrained
 from jaxformers.hub.resolve import classify, resolve
 from jaxformers.hub.safetensors import Deferred
+from jaxformers.models.adapters import spec_like
 from jaxformers.models.config import ModelConfig
 from jaxformers.models.params import Params, model_spec
 from jaxformers.parallel.mesh import MeshConfig, make_mesh, param_shardings, single_device_mesh
@@ -59,18 +64,23 @@ def load(
     dtype: str | None = None,
     ema: bool = False,
     mtp: bool = False,
+    adapter: str | Path | Sequence[str | Path] = (),
+    adapter_weights: Sequence[float] | None = None,
 ) -> Model:
-    """The model that `ref` means: a Hugging Face directory, a `.gguf` file, a hub id, a run or one of its checkpoints.
+    """The model that `ref` means: a Hugging Face directory, a `.gguf` file, a hub id, a run or one of its checkpoints,
+    or an adapter, which is merged into the model that it names as its base.
 
     mesh: where its parameters are placed; None = the first device. dtype: of parameters and computation; None keeps the
     parameters as stored and computes in float32 on CPU, in bfloat16 elsewhere unless they are stored as float32. ema:
     the moving average of a run's parameters in place of the last ones. mtp: with the modules for multi-token
-    prediction, if it has some, to be trained or written again; generation has no use for them.
+    prediction, if it has some, to be trained or written again; generation has no use for them. adapter: one or several
+    in peft's format, whose sum (with `adapter_weights`, 1 each by default) is added to the weights.
 
     ValueError in one line for whatever keeps it from being loaded.
     """
     _check_dtype(dtype)
-    found = find_model(ref, mtp=mtp)
+    adapters = [adapter] if isinstance(adapter, (str, Path)) else list(adapter)
+    found = find_model(ref, mtp=mtp, adapters=adapters, adapter_weights=adapter_weights)
     mesh = make_mesh(mesh) if isinstance(mesh, MeshConfig) else mesh or single_device_mesh()
     params = found.read_params(mesh, dtype=dtype, ema=ema)
     compute = dtype or _default_compute_dtype(params, mesh)
@@ -80,7 +90,8 @@ def load(
 @dataclass(frozen=True)
 class FoundModel:
     """A model whose weights have not been read yet. tensors are a checkpoint's, under Hugging Face names; step is a
-    run's, and has_ema says whether it kept a moving average."""
+    run's, and has_ema says whether it kept a moving average. Or it is a base with an adapter; config is then that of
+    both as one."""
 
     path: Path
     config: ModelConfig
@@ -89,6 +100,18 @@ class FoundModel:
     tensors: Mapping[str, Any] | None = None
     step: int | None = None
     has_ema: bool = False
+    base: FoundModel | None = None
+    base_ref: str | None = None
+    adapter: FoundAdapter | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the weights, to tell this model from others with the same architecture."""
+        if self.tensors is None:
+            return fingerprint(named_leaves(self.deferred_params()))
+        # Without modules for multi-token prediction, which not every reader asks for.
+        own = {part.source.name for part in parts(without_mtp(self.config))}
+        return fingerprint({name: tensor for name, tensor in self.tensors.items() if name in own} or self.tensors)
 
     def read_params(self, mesh: Mesh, *, dtype: str | None = None, ema: bool = False) -> Params:
         """The parameters (or their moving average), each tensor straight into its place on the mesh; dtype None keeps
@@ -98,6 +121,10 @@ class FoundModel:
                 f"{self.path} holds no moving average; a run keeps one with train.ema_decay or train.average"
             )
         places = param_shardings(model_spec(self.config), mesh)
+        if self.base is not None:
+            with jax.set_mesh(mesh):
+                adapted = self.read_adapted(mesh, dtype=dtype, ema=ema)
+                return jax.jit(lambda p: merged_model(p, self.base.config)[0], out_shardings=places)(adapted)
         with jax.set_mesh(mesh):
             if self.tensors is not None:
                 return import_params(self.config, self.tensors, shardings=places, dtype=dtype)
@@ -110,11 +137,21 @@ class FoundModel:
             with Checkpointer(self.path) as checkpoints:
                 return checkpoints.restore_params(self.step, abstract, ema=ema)
 
+    def read_adapted(self, mesh: Mesh, *, dtype: str | None = None, ema: bool = False) -> Params:
+        """The base's parameters with the adapter beside them, as `LoRA` leaves."""
+        assert self.base is not None
+        assert self.adapter is not None
+        params = self.adapter.attach(self.base.read_params(mesh, dtype=dtype), ema=ema)
+        places = param_shardings(jax.tree.map(spec_like, model_spec(self.base.config), params), mesh)
+        return jax.device_put(params, places)
+
     def deferred_params(self, *, dtype: str | None = "float32") -> Params:
         """The parameters with `Deferred` leaves, each read into host memory when its turn comes; dtype None keeps a
         leaf as stored, or float32 where its tensors are stored in several dtypes."""
         if self.tensors is not None:
             return import_deferred(self.config, self.tensors, dtype=dtype)
+        if self.base is not None and self.adapter is not None:
+            return merged_model(self.adapter.attach(self.base.deferred_params(dtype=dtype)), self.base.config)[0]
         assert self.step is not None
         spec = model_spec(self.config)
         with Checkpointer(self.path) as checkpoints:
@@ -126,11 +163,24 @@ class FoundModel:
         return jax.tree.unflatten(jax.tree.structure(spec), leaves)
 
 
-def find_model(ref: str | Path, *, mtp: bool = False) -> FoundModel:
-    """What `ref` means, told from everything but its weights, with or without modules for multi-token prediction.
-    ValueError as `load` raises it."""
+def find_model(
+    ref: str | Path,
+    *,
+    mtp: bool = False,
+    adapters: Sequence[str | Path] = (),
+    adapter_weights: Sequence[float] | None = None,
+) -> FoundModel:
+    """What `ref` means, told from everything but its weights, with or without modules for multi-token prediction, and
+    with what adapters add to it. ValueError as `load` raises it."""
+    found = _find_model(ref, mtp=mtp)
+    return _with_adapters(found, adapters, adapter_weights) if adapters else found
+
+
+def _find_model(ref: str | Path, *, mtp: bool) -> FoundModel:
     path = resolve(ref)
     match classify(path):
+        case "adapter":
+            return _with_adapters(_base_of(path, read_adapter(path).base, mtp=mtp), [path], None)
         case "huggingface":
             generation = read_generation_config(path)
             config, tensors = choose_modules(read_config(path), open_weights(path), mtp=mtp)
@@ -143,6 +193,49 @@ def find_model(ref: str | Path, *, mtp: bool = False) -> FoundModel:
             return _find_run(path.absolute().parent.parent, int(path.absolute().name), mtp=mtp)
         case kind:
             raise ValueError(f"{ref} is a {kind} file, which cannot be loaded as a model; name its directory")
+
+
+def _base_of(adapter: Path, base: str | None, *, mtp: bool = False) -> FoundModel:
+    """The model that an adapter, or a run of one, was trained on."""
+    if not base:
+        raise ValueError(f"{adapter} does not say which model it is of; name that model, and this one as its adapter")
+    try:
+        return _find_model(base, mtp=mtp)
+    except ValueError as error:
+        raise ValueError(f"the base of {adapter} cannot be opened: {error}") from None
+
+
+def _with_adapters(base: FoundModel, refs: Sequence[str | Path], weights: Sequence[float] | None) -> FoundModel:
+    weights = [1.0] * len(refs) if weights is None else weights
+    if len(weights) != len(refs):
+        raise ValueError(f"there are {len(refs)} adapters and {len(weights)} weights for them; give each one")
+    paths = [resolve(ref) for ref in refs]
+    for path in paths:
+        if classify(path) != "adapter":
+            raise ValueError(f"{path} is of the kind {classify(path)}, not an adapter (adapter_config.json)")
+    read = [read_adapter(path) for path in paths]
+    for path, adapter in zip(paths, read, strict=True):
+        fit_adapter(adapter, base.config, where=path)
+        _check_base(path, adapter.fingerprint, base)
+    adapter = FoundAdapter(stack_adapters(read, weights), base.config)
+    return replace(
+        base,
+        base=base,
+        base_ref=read[0].base or str(base.path),
+        tensors=None,
+        step=None,
+        has_ema=False,
+        config=adapter.merged_config,
+        adapter=adapter,
+    )
+
+
+def _check_base(path: Path, expected: str | None, base: FoundModel) -> None:
+    if expected is not None and (found := base.fingerprint) != expected:
+        raise ValueError(
+            f"{path} is an adapter of another base: its weights have the fingerprint {expected}, those of {base.path} "
+            f"{found}"
+        )
 
 
 def _find_gguf(path: Path) -> FoundModel:
@@ -165,9 +258,31 @@ def _find_run(run: Path, step: int | None, *, mtp: bool) -> FoundModel:
         meta = checkpoints.meta(step)
         has_ema = any(name.startswith("ema.") for name in checkpoints.stored(step))
     tokenizer = _tokenizer_at(run / TOKENIZER_FOLDER)
+    if meta["config"].get("lora") is not None:
+        return _find_adapter_run(run, step, meta, tokenizer, mtp=mtp, has_ema=has_ema)
     config = saved_model(meta, run / FOLDER / str(step))
     config = without_mtp(config) if config.mtp_modules and not mtp else config
     return FoundModel(run, config, tokenizer, meta.get("generation", {}), step=step, has_ema=has_ema)
+
+
+def _find_adapter_run(
+    run: Path, step: int, meta: Mapping[str, Any], tokenizer: Tokenizer | None, *, mtp: bool, has_ema: bool
+) -> FoundModel:
+    """The base of a run that trained an adapter, with the adapter of one of its checkpoints."""
+    base = _base_of(run, meta["base"]["ref"], mtp=mtp)
+    _check_base(run, meta["base"]["fingerprint"], base)
+    adapter = saved_adapter(run, step, meta, base.config)
+    return FoundModel(
+        run,
+        adapter.merged_config,
+        tokenizer,
+        meta.get("generation", {}),
+        step=step,
+        has_ema=has_ema,
+        base_ref=meta["base"]["ref"],
+        base=base,
+        adapter=adapter,
+    )
 
 
 def _check_dtype(dtype: str | None) -> None:

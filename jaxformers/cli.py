@@ -55,6 +55,12 @@ MinP = Annotated[float | None, typer.Option(help="Draw from tokens of this share
 RepetitionPenalty = Annotated[float | None, typer.Option(help="Above 1: make tokens seen before less likely.")]
 Seed = Annotated[int | None, typer.Option(help="Same seed, same text.")]
 Ema = Annotated[bool, typer.Option("--ema", help="Of a run: the moving average of its parameters.")]
+Adapter = Annotated[
+    list[str] | None, typer.Option(help="An adapter in peft's format to add to the model; may be repeated.")
+]
+AdapterWeight = Annotated[
+    list[float] | None, typer.Option(help="What each adapter is multiplied by, in their order; none: 1.")
+]
 ComputeDtype = Annotated[Dtype | None, typer.Option(help="Of parameters and computation.")]
 
 
@@ -129,12 +135,14 @@ def generate(
     seed: Seed = None,
     dtype: ComputeDtype = None,
     ema: Ema = False,
+    adapter: Adapter = None,
+    adapter_weight: AdapterWeight = None,
 ) -> None:
     """Continue texts. One prompt is streamed as it grows; several are printed as they are done."""
     texts = _prompts(prompts or [], prompts_file)
     import jaxformers as jf
 
-    model = jf.load(ref, dtype=dtype, ema=ema)
+    model = jf.load(ref, dtype=dtype, ema=ema, adapter=adapter or (), adapter_weights=adapter_weight or None)
     settings = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -186,6 +194,8 @@ def chat(
     seed: Seed = None,
     dtype: ComputeDtype = None,
     ema: Ema = False,
+    adapter: Adapter = None,
+    adapter_weight: AdapterWeight = None,
 ) -> None:
     """Talk with a model. Each line of standard input is a turn; /help lists the commands."""
     from jaxformers.api import load
@@ -200,7 +210,8 @@ def chat(
         "repetition_penalty": repetition_penalty,
         "seed": seed,
     }
-    converse(Conversation(load(ref, dtype=dtype, ema=ema), system=system, **settings))
+    model = load(ref, dtype=dtype, ema=ema, adapter=adapter or (), adapter_weights=adapter_weight or None)
+    converse(Conversation(model, system=system, **settings))
 
 
 @app.command()
@@ -210,13 +221,28 @@ def convert(
     dtype: Annotated[Dtype | None, typer.Option(help="Of the written weights; none: as they are.")] = None,
     max_shard_size: Annotated[float, typer.Option(help="GB of weights in a file at most.", min=0.001)] = 5.0,
     ema: Ema = False,
+    adapter: Adapter = None,
+    adapter_weight: AdapterWeight = None,
+    merge_adapter: Annotated[
+        bool,
+        typer.Option("--merge-adapter", help="Write the weights with the adapter in them; else the adapter alone."),
+    ] = False,
 ) -> None:
-    """Write a model as a Hugging Face directory, which transformers opens."""
+    """Write a model as a Hugging Face directory, which transformers opens, or an adapter as peft opens it."""
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ValueError(f"{destination} exists and is not an empty directory; choose another destination")
     import jaxformers as jf
+    from jaxformers.api import find_model
 
-    model = jf.load(source, ema=ema, mtp=True)
+    found = find_model(source, mtp=True, adapters=adapter or (), adapter_weights=adapter_weight or None)
+    if found.adapter is not None and not merge_adapter:
+        from jaxformers.adapters import save_adapter
+
+        print(f"{destination}: {save_adapter(found, destination, ema=ema)}", file=sys.stderr)
+        return
+    if merge_adapter and found.adapter is None:
+        raise ValueError(f"--merge-adapter: {source} has no adapter; name one by --adapter")
+    model = jf.load(source, ema=ema, mtp=True, adapter=adapter or (), adapter_weights=adapter_weight or None)
     jf.save_pretrained(model, destination, dtype=dtype, max_shard_bytes=int(max_shard_size * 1e9))
     print(f"{destination}: {model.config.family}, {jf.count_params(model.config):,} parameters", file=sys.stderr)
 
@@ -240,6 +266,18 @@ def inspect(ref: Ref) -> None:
 
     for name, value in describe(ref).items():
         print(f"{name:20s} {value}")
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories; also of runs in progress.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file to write.")] = Path("report.html"),
+) -> None:
+    """Write a page with the plots of a run, or of several compared; it needs nothing beside itself."""
+    from jaxformers.report.page import write_report
+
+    write_report(runs, output)
+    print(f"{output}: {len(runs)} run{'s' if len(runs) > 1 else ''}", file=sys.stderr)
 
 
 @app.command()

@@ -17,13 +17,15 @@ from jaxformers.parallel.mesh import MeshConfig
 from jaxformers.train.config import (
     CheckpointConfig,
     GuardConfig,
+    LoRAConfig,
     LossConfig,
-    OptimizerConfig,
+    MonitorConfig,
+    ProfileConfig,
     RuntimeConfig,
-    ScheduleConfig,
     TrainConfig,
     WatchdogConfig,
 )
+from jaxformers.train.optimizer_config import OptimizerConfig, ScheduleConfig
 
 
 class SampleConfig(BaseModel):
@@ -58,8 +60,13 @@ class RunConfig(BaseModel):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     loss: LossConfig = LossConfig()
+    lora: LoRAConfig | None = Field(
+        None, description="Train a low-rank adapter of the model in place of its weights; null: the weights."
+    )
     guard: GuardConfig = GuardConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
+    monitor: MonitorConfig = MonitorConfig()
+    profile: ProfileConfig = ProfileConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     sample: SampleConfig = SampleConfig()
 

@@ -11,6 +11,7 @@ from jaxformers.api import TOKENIZER_FOLDER, find_model
 from jaxformers.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from jaxformers.families import read_config
 from jaxformers.hub.gguf import open_gguf
+from jaxformers.hub.peft import read_adapter
 from jaxformers.hub.resolve import classify, resolve
 from jaxformers.hub.safetensors import open_tensors
 from jaxformers.models.config import LayerKind, ModelConfig, plan_stacks
@@ -30,6 +31,8 @@ def describe(ref: str | Path) -> dict[str, str]:
         return found | _weights(path)
     if kind == "gguf":
         return found | _gguf(path)
+    if kind == "adapter":
+        return found | _adapter(path)
     if kind == "huggingface":
         return found | _model(read_config(path)) | _tokenizer(path) | _weights(path)
     run = path if kind == "run" else path.parent.parent
@@ -42,6 +45,18 @@ def describe(ref: str | Path) -> dict[str, str]:
     mesh = ", ".join(f"{axis}={size}" for axis, size in meta["mesh"].items() if size > 1) or "one device"
     found |= {"step": str(step), "checkpoints": ", ".join(map(str, steps)), "trained on": mesh}
     return found | {"saved": ", ".join(groups)} | _provenance(meta) | _metrics(run)
+
+
+def _adapter(path: Path) -> dict[str, str]:
+    adapter = read_adapter(path)
+    ranks = sorted({low.a.shape[0] for low in adapter.modules.values()})
+    count = sum(low.a.size + low.b.size for low in adapter.modules.values())
+    kinds = sorted({name.rpartition(".")[2] for name in adapter.modules})
+    return {
+        "base": adapter.base or "unknown",
+        "adapter": f"{len(adapter.modules)} modules ({', '.join(kinds)}), rank {', '.join(map(str, ranks))}",
+        "parameters": f"{count:,}",
+    }
 
 
 def _provenance(meta: Mapping[str, Any]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 
 import grain
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from rich.console import Console
 from rich.progress import Progress
@@ -27,25 +29,31 @@ from jaxformers.data.rows import Row
 from jaxformers.data.tokenizer import Tokenizer, check_vocabulary
 from jaxformers.families import read_config
 from jaxformers.families.catalog import is_published
-from jaxformers.families.common import without_mtp
+from jaxformers.families.common import untied, without_mtp
 from jaxformers.generation import generate
+from jaxformers.hub.peft import merged_model
+from jaxformers.hub.targets import frozen_entries
+from jaxformers.models.adapters import is_adapted
 from jaxformers.models.config import ModelConfig
-from jaxformers.models.params import count_params, flops_per_token
+from jaxformers.models.params import Params, count_params, flops_per_token, model_spec
 from jaxformers.parallel.distributed import differing, is_first, wait_for_all
-from jaxformers.parallel.mesh import batch_sharding, make_mesh, nearest_multiples
+from jaxformers.parallel.mesh import batch_sharding, make_mesh, nearest_multiples, param_shardings
 from jaxformers.starting import Start, find_start
 from jaxformers.train.build import Trainer
 from jaxformers.train.checkpoint import Checkpointer
-from jaxformers.train.config import CheckpointConfig
+from jaxformers.train.config import CheckpointConfig, ProfileConfig
 from jaxformers.train.goodput import Goodput
 from jaxformers.train.guard import after_rollback
 from jaxformers.train.loop import Result, Supervision, train
-from jaxformers.train.monitor import Display, MetricsFile, TensorBoard, Tracker, Trackers
+from jaxformers.train.lora import make_adapter
+from jaxformers.train.monitor import ABOUT_FILE, SAMPLES_FILE, Display, MetricsFile, Tracker, Trackers
+from jaxformers.train.profile import Profiler
 from jaxformers.train.provenance import library_versions
 from jaxformers.train.requests import Requests
 from jaxformers.train.restore import load_state
 from jaxformers.train.retention import VALIDATION, Metric
 from jaxformers.train.state import TrainState
+from jaxformers.train.trackers import check_trackers, open_trackers
 from jaxformers.train.watchdog import Watchdog
 
 
@@ -90,6 +98,8 @@ def prepare_run(config: RunConfig) -> Setup:
         cfg = pretrained.config if pretrained.config.mtp_modules else without_mtp(pretrained.config)
     else:
         cfg = read_config(config.model)
+    if config.lora is not None and pretrained is None:
+        raise ValueError("lora trains an adapter of a model with weights; name one under the key 'model'")
     _check_config(config, cfg)
     trainer = trainer_of(config, cfg, mesh)
     trainer.check()
@@ -98,6 +108,7 @@ def prepare_run(config: RunConfig) -> Setup:
 
 def trainer_of(config: RunConfig, cfg: ModelConfig, mesh: Mesh) -> Trainer:
     """The training of a model on a mesh as a config says."""
+    adapter = None if config.lora is None else make_adapter(config.lora, cfg, freeze=config.train.freeze)
     return Trainer(
         cfg,
         mesh,
@@ -108,10 +119,16 @@ def trainer_of(config: RunConfig, cfg: ModelConfig, mesh: Mesh) -> Trainer:
         schedule=config.schedule,
         loss=config.loss,
         guard=config.guard,
+        adapter=adapter,
+        b_rate_ratio=1.0 if config.lora is None else config.lora.b_rate_ratio,
+        frozen=frozen_entries(cfg, config.train.freeze) if config.lora is None else {},
+        monitor=config.monitor,
+        sources=tuple(config.data.sources) if "sources" in config.monitor.values else (),
     )
 
 
 def _check_config(config: RunConfig, cfg: ModelConfig) -> None:
+    check_trackers(config.monitor.trackers)
     if config.sample.prompts and jax.process_count() > 1:
         raise ValueError("sample.prompts are continued by a single process; set sample.prompts=[]")
     if config.data.sequence_length > cfg.context_length:
@@ -142,7 +159,7 @@ def _check_measures_at_saves(config: RunConfig) -> None:
 def describe_setup(setup: Setup) -> dict[str, str]:
     """What a run will need, for people: parameters, memory a device, tokens."""
     config, cfg = setup.config, setup.cfg
-    state = setup.trainer.plain_state
+    state = setup.trainer.abstract_state
     weights, total = _bytes_per_device(state.params) / 2**30, _bytes_per_device(state) / 2**30
     tokens = config.train.rows_before(config.train.steps) * config.data.sequence_length
     batches = sorted(set(config.train.batch_sizes.values()))
@@ -153,6 +170,7 @@ def describe_setup(setup: Setup) -> dict[str, str]:
     flops = tokens * flops_per_token(cfg, config.data.sequence_length, mtp=setup.trainer.runs_mtp)
     return {
         "model": cfg.family,
+        **_trained(setup, state),
         "parameters": f"{count:,}"
         + (f" ({active:,} active)" if active != count else "")
         + (f" + {modules:,} for multi-token prediction" if modules else ""),
@@ -161,6 +179,15 @@ def describe_setup(setup: Setup) -> dict[str, str]:
         "steps": f"{config.train.steps:,} of {per_step} tokens, {tokens:,} in all",
         "compute": f"{flops:.2e} FLOPs in {config.runtime.dtype}",
     }
+
+
+def _trained(setup: Setup, state: TrainState) -> dict[str, str]:
+    """How much of a model is trained, where it is not all, and what the rest is kept in."""
+    if state.frozen is None:
+        return {}
+    count = sum(math.prod(a.shape) for a in jax.tree.leaves(state.params))
+    kept = "" if setup.config.lora is None else f" in {setup.config.lora.base}"
+    return {"trained": f"{count:,} parameters over {_bytes_per_device(state.frozen) / 2**30:.2f} GiB{kept} a device"}
 
 
 def _bytes_per_device(tree: Any) -> int:
@@ -195,6 +222,8 @@ def fit(
         start = find_start(config.checkpoint, checkpoints, resume_step, stack, say)
         if start is not None and (note := start.check(setup.cfg, tokenizer)):
             say(note)
+        if start is not None and config.lora is not None:
+            _check_base(start, meta)
         corpus = _open_corpus(config, tokenizer, console)
         _say_corpus(corpus, console)
         _check_same_everywhere(_fingerprint(corpus), "data", done="open its data")
@@ -207,10 +236,39 @@ def fit(
         if is_first():
             tokenizer.save(run_dir / TOKENIZER_FOLDER)
             (run_dir / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
+            _write_json(run_dir / ABOUT_FILE, {**describe_setup(setup), "versions": meta["versions"]})
         result = _run(setup, state, feed, checkpoints, meta, run_dir, started, console)
-    model = Model(setup.cfg, result.state.params, tokenizer, setup.mesh, config.runtime.dtype, meta["generation"])
+    params, cfg = result.state.params, setup.cfg
+    if config.lora is not None:
+        params, cfg = _merged(setup, params, result.frozen)
+    model = Model(cfg, params, tokenizer, setup.mesh, config.runtime.dtype, meta["generation"])
     samples = tuple(_samples(model, config)) if result.stopped is None else ()
+    if samples and is_first():
+        texts = [{"prompt": prompt, "text": text} for prompt, text in zip(config.sample.prompts, samples, strict=True)]
+        _write_json(run_dir / SAMPLES_FILE, texts)
     return FitResult(run_dir, model, result.step, result.metrics, result.validation, samples, result.stopped)
+
+
+def _check_base(start: Start, meta: Mapping[str, Any]) -> None:
+    """ValueError where the adapter in a checkpoint is of other weights than this run's."""
+    before, now = start.checkpoints.meta(start.step).get("base"), meta["base"]
+    if before is not None and before["fingerprint"] != now["fingerprint"]:
+        raise ValueError(
+            f"{start.checkpoints.folder} holds an adapter of another base: {before['ref']} had the fingerprint "
+            f"{before['fingerprint']}, {now['ref']} has {now['fingerprint']}; {start.remedy}"
+        )
+
+
+def _merged(setup: Setup, trained: Params, base: Params) -> tuple[Params, ModelConfig]:
+    """The model that an adapter and its base are, placed on the mesh."""
+    whole = setup.trainer.whole(trained, base)
+    cfg = untied(setup.cfg) if setup.cfg.tie_embeddings and is_adapted(whole["embed"]) else setup.cfg
+    places = param_shardings(model_spec(cfg), setup.mesh)
+    return jax.jit(lambda p: merged_model(p, setup.cfg)[0], out_shardings=places)(whole), cfg
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def _check_same_everywhere(value: str, name: str, *, done: str) -> None:
@@ -258,7 +316,10 @@ def _meta(setup: Setup, tokenizer: Tokenizer) -> dict[str, Any]:
     generation = {key: value for key, value in ids.items() if value is not None}
     if setup.pretrained is not None and setup.pretrained.generation:
         generation = setup.pretrained.generation
-    return {
+    base = {}
+    if setup.config.lora is not None and setup.pretrained is not None:
+        base = {"base": {"ref": _reference(setup), "fingerprint": setup.pretrained.fingerprint}}
+    return base | {
         "model": dict(setup.cfg.source or {}),
         "tokenizer": tokenizer.fingerprint,
         "tokenizer_from": _tokenizer_origin(setup),
@@ -267,6 +328,13 @@ def _meta(setup: Setup, tokenizer: Tokenizer) -> dict[str, Any]:
         "mesh": dict(setup.mesh.shape),
         "versions": dict(library_versions()),
     }
+
+
+def _reference(setup: Setup) -> str:
+    """The model under `model`, as it can be found from anywhere."""
+    ref = str(setup.config.model)
+    path = Path(ref).expanduser()
+    return str(path.absolute()) if path.exists() else ref
 
 
 def _tokenizer_origin(setup: Setup) -> str:
@@ -349,7 +417,10 @@ def _feed(setup: Setup, corpus: Corpus) -> Feed:
         name: validation_batches(rows, batch_size=size, max_batches=most, **shares) for name, rows in sources.items()
     }
     ramp = {train.rows_before(step): rows for step, rows in train.batch_ramp.items()}
-    batches = train_iterator(corpus.train, batch_size=train.batch_size, batch_ramp=ramp, **shares)
+    with_sources = "sources" in config.monitor.values
+    batches = train_iterator(
+        corpus.train, batch_size=train.batch_size, batch_ramp=ramp, with_sources=with_sources, **shares
+    )
     return Feed(batches, validation, spec)
 
 
@@ -376,15 +447,29 @@ def _first_state(
         start.step,
         trainer.plain_state,
         batches,
-        make=lambda params: trainer.to_plain(
-            _new_state(setup) if params is None else trainer.from_params(params, config.seed)
-        ),
+        make=partial(_fresh_plain, setup),
         load=start.load,
         allow_missing=config.checkpoint.allow_missing,
     )
     for line in loaded.lines(start.said):
         _print(line, console)
-    return trainer.from_plain(loaded.state)
+    return trainer.from_plain(loaded.state, _base(setup))
+
+
+def _fresh_plain(setup: Setup, params: Params | None) -> TrainState:
+    """A fresh state in the form that checkpoints hold, around these parameters where there are some."""
+    trainer = setup.trainer
+    if params is None or setup.config.lora is None:
+        return trainer.to_plain(_new_state(setup) if params is None else trainer.from_params(params, setup.config.seed))
+    state = trainer.to_plain(_new_state(setup))
+    return state.replace(params=params, ema=None if state.ema is None else jax.tree.map(jnp.copy, params))
+
+
+def _base(setup: Setup) -> Params | None:
+    """What a state holds of the model that an adapter is trained on."""
+    if setup.config.lora is None or setup.pretrained is None:
+        return None
+    return setup.trainer.base(setup.pretrained.read_params(setup.mesh, dtype="float32"))
 
 
 def _new_state(setup: Setup) -> TrainState:
@@ -417,7 +502,7 @@ def _run(
         file = MetricsFile(run_dir, resume_step=first_step)
         goodput.repeat(file.lost_seconds)
         writers.append(file)
-        writers += [TensorBoard(run_dir)] if config.train.tensorboard else []
+        writers += open_trackers(config.monitor.trackers, run_dir, config=meta["config"], resumes=first_step > 0)
     trackers = Trackers(writers)
     display = Display(first_step=first_step, steps=config.train.steps, console=console)
     try:
@@ -440,6 +525,9 @@ def _run(
             ),
             trackers=trackers,
             display=display,
+            profile=partial(
+                Profiler, config.profile if is_first() else ProfileConfig(), run_dir=run_dir, say=display.say
+            ),
         )
     finally:
         trackers.close()
@@ -463,7 +551,8 @@ def _replay(
     step = _back_to(checkpoints, say)
     if step is None:
         return None
-    return setup.trainer.from_plain(checkpoints.restore(step, setup.trainer.plain_state, batches))
+    state = checkpoints.restore(step, setup.trainer.plain_state, batches)
+    return setup.trainer.from_plain(state, _base(setup))
 
 
 def _go_back(setup: Setup, checkpoints: Checkpointer, now: TrainState, say: Callable[[str], None]) -> TrainState | None:
@@ -472,7 +561,7 @@ def _go_back(setup: Setup, checkpoints: Checkpointer, now: TrainState, say: Call
     step = _back_to(checkpoints, say)
     if step is None:
         return None
-    state = setup.trainer.from_plain(checkpoints.restore(step, setup.trainer.plain_state, None))
+    state = setup.trainer.from_plain(checkpoints.restore(step, setup.trainer.plain_state, None), now.frozen)
     guard = after_rollback(now.guard, state.guard, steps=int(now.step) - step)
     return state.replace(step=now.step, guard=guard)
 

@@ -22,7 +22,8 @@ from jaxformers.models.params import count_params, flops_per_token
 from jaxformers.parallel.hardware import measured_bandwidth, measured_matmul_flops
 from jaxformers.parallel.mesh import MeshConfig, make_mesh, single_device_mesh
 from jaxformers.train.build import Trainer
-from jaxformers.train.config import ScheduleConfig, TrainConfig
+from jaxformers.train.config import TrainConfig
+from jaxformers.train.optimizer_config import ScheduleConfig
 
 ROOT = Path(__file__).parent.parent
 TINY = PRESETS["llama-tiny"]

@@ -95,7 +95,7 @@ def test_ls_tells_step_size_loss_and_condition(run, mine):
     lines = run("ls", mine).out.splitlines()
     assert [line.split()[0] for line in lines] == ["2", "4", "6", "7"]
     assert lines[0].endswith("  set aside")
-    assert lines[1].endswith("  whole"), "files are not read"
+    assert lines[1].endswith("  whole, best"), "files are not read, and the other is damaged"
     assert "  loss " in lines[1]
     assert f"  damaged: {largest_file(at(mine, 4)).relative_to(at(mine, 4)).parts[0]}" in lines[2]
     assert " has 5 bytes, not " in lines[2]

@@ -24,6 +24,7 @@ FIRST_PARTY: dict[str, set[str]] = {
     "evaluate": {"models", "infer"},
     "quantize": {"models", "hub", "infer"},
     "launch": set(),
+    "report": {"train"},
 }
 # package -> the only third-party modules it may import
 THIRD_PARTY = {"models": {"jax", "numpy", "flax.struct"}, "families": set()}

@@ -80,16 +80,9 @@ class FimConfig(BaseModel):
     spm_rate: float = Field(
         0.5, ge=0, le=1, description="Share of those whose suffix comes first, prefix and middle then in one."
     )
-    prefix: str | None = Field(None, description="The sentinel before the prefix; null: a usual one, if there is one.")
-    middle: str | None = Field(None, description="The sentinel before the middle.")
-    suffix: str | None = Field(None, description="The sentinel before the suffix.")
-
-    @model_validator(mode="after")
-    def _all_sentinels_or_none(self) -> Self:
-        named = [name for name in ("prefix", "middle", "suffix") if getattr(self, name) is not None]
-        if 0 < len(named) < 3:
-            raise ValueError(f"fim names a sentinel for {' and '.join(named)} only; name prefix, middle and suffix")
-        return self
+    sentinels: tuple[str, str, str] | None = Field(
+        None, description="The tokens before the prefix, the middle and the suffix; null: usual ones, if there are any."
+    )
 
 
 class ChatConfig(BaseModel):

@@ -57,20 +57,19 @@ def make_fim(config: FimConfig, tokenizer: Tokenizer, *, seed: int) -> Fim | Non
 
 def _sentinels(config: FimConfig, tokenizer: Tokenizer) -> tuple[str, ...]:
     known = ", ".join(tokenizer.special_tokens) or "none"
-    if config.prefix is not None:
-        named = (config.prefix, config.middle, config.suffix)
-        missing = [token for token in named if tokenizer.token_id(token) is None]
+    if config.sentinels is not None:
+        missing = [token for token in config.sentinels if tokenizer.token_id(token) is None]
         if missing:
             raise ValueError(
                 f"fim names {missing[0]!r}, which is no token; the tokenizer's special tokens are: {known}"
             )
-        return named
+        return config.sentinels
     for names in _USUAL:
         if all(tokenizer.token_id(token) is not None for token in names):
             return names
     raise ValueError(
         f"fim.rate is {config.rate}, but the tokenizer has no fill-in-the-middle tokens of a usual name: set "
-        f"fim.prefix, fim.middle and fim.suffix; its special tokens are: {known}"
+        f"fim.sentinels; its special tokens are: {known}"
     )
 
 

@@ -116,10 +116,19 @@ class MixedRows:
         source, row = self._find(n)
         return Place(self._names[source], row)
 
+    def sources_of(self, numbers: Sequence[int]) -> np.ndarray:
+        """Which source each of these rows comes from, as its place among them: int [len(numbers)]."""
+        return np.array([self._find(int(n))[0] for n in numbers], np.int64)
+
     def rows_before(self, n: int) -> dict[str, int]:
         """How many of the first n rows each source gives."""
         given = self._given(self._segments[self._segment_of(max(n - 1, 0))], min(n, len(self)))
         return dict(zip(self._names, given, strict=True))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Those of the sources."""
+        return tuple(self._names)
 
     def _find(self, n: int) -> tuple[int, int]:
         if not 0 <= n < len(self):

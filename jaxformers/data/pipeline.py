@@ -18,7 +18,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxformers.data.rows import JoinedRows, PackedRows, Row, Rows
+from jaxformers.data.mixture import MixedRows
+from jaxformers.data.rows import SOURCES, JoinedRows, PackedRows, Row, Rows
 
 _PREFETCHED_BATCHES = 2
 
@@ -55,6 +56,7 @@ def train_iterator(
     batch_ramp: Mapping[int, int] | None = None,
     process_index: int = 0,
     process_count: int = 1,
+    with_sources: bool = False,
 ) -> grain.DatasetIterator[Row]:
     """Batches of rows [B / process_count, T] from row 0 on, made by a background thread while the last one is used.
 
@@ -65,6 +67,7 @@ def train_iterator(
         batch_size: B, rows of the global batch over all processes.
         batch_ramp: other values of B, by the row from which on batches have them.
         process_index, process_count: which contiguous share of each batch to make.
+        with_sources: of a mixture: whether batches say by `sources` whose each row is.
 
     Raises:
         ValueError: a batch that processes cannot share evenly, or more rows in it than there are; from `set_state`,
@@ -75,7 +78,8 @@ def train_iterator(
         _check_share(size, process_index, process_count)
     if len(rows) < batch_size:
         raise ValueError(f"the data has {len(rows)} rows of {rows.sequence_length} tokens, a batch {batch_size} rows")
-    batches = _Batches(rows, sizes, ProcessShare(process_index, process_count))
+    assert isinstance(rows, MixedRows) or not with_sources
+    batches = _Batches(rows, sizes, ProcessShare(process_index, process_count), with_sources)
     return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=_PREFETCHED_BATCHES))
 
 
@@ -108,17 +112,17 @@ def to_global(
     """This process's share of a batch, together with all other processes' shares, as global arrays [B, T].
 
     The share must be the one `process_share(mesh, spec)` names. `columns` [T] is the order that every row's tokens are
-    put in; None leaves them.
+    put in; None leaves them. Where the batch says what it is made of, `sources` [B, S] has no time to be split over.
     """
-    sharding = NamedSharding(mesh, spec)
+    sharding, of_rows = NamedSharding(mesh, spec), NamedSharding(mesh, PartitionSpec(*spec[:1]))
     count = process_share(mesh, spec).count
 
-    def place(local: np.ndarray) -> jax.Array:
-        local = local if columns is None else local[:, columns]
+    def place(name: str, local: np.ndarray) -> jax.Array:
+        local = local if columns is None or name == SOURCES else local[:, columns]
         shape = (local.shape[0] * count, *local.shape[1:])
-        return jax.make_array_from_process_local_data(sharding, local, shape)
+        return jax.make_array_from_process_local_data(of_rows if name == SOURCES else sharding, local, shape)
 
-    return {name: place(values) for name, values in batch.items()}
+    return {name: place(name, values) for name, values in batch.items()}
 
 
 def _check_share(batch_size: int, process_index: int, process_count: int) -> None:
@@ -153,9 +157,9 @@ class _ValidationBatches(Sequence[Row]):
 
 
 class _Batches(grain.IterDataset[Row]):
-    def __init__(self, rows: Rows, batch_sizes: Mapping[int, int], share: ProcessShare):
+    def __init__(self, rows: Rows, batch_sizes: Mapping[int, int], share: ProcessShare, with_sources: bool):
         super().__init__()
-        self._arguments = (rows, batch_sizes, share)
+        self._arguments = (rows, batch_sizes, share, with_sources)
 
     def __iter__(self) -> "_BatchIterator":
         return _BatchIterator(*self._arguments)
@@ -164,10 +168,10 @@ class _Batches(grain.IterDataset[Row]):
 class _BatchIterator(grain.DatasetIterator[Row]):
     """Batches by position. Grain's own iterators count batches of one process; this one counts rows of the run."""
 
-    def __init__(self, rows: Rows, batch_sizes: Mapping[int, int], share: ProcessShare):
+    def __init__(self, rows: Rows, batch_sizes: Mapping[int, int], share: ProcessShare, with_sources: bool):
         """`batch_sizes` by the row from which on they hold, in order, the first being row 0."""
         super().__init__()
-        self._rows, self._share = rows, share
+        self._rows, self._share, self._with_sources = rows, share, with_sources
         self._marks, self._batch_sizes = list(batch_sizes), list(batch_sizes.values())
         self._next_row = 0
 
@@ -176,8 +180,16 @@ class _BatchIterator(grain.DatasetIterator[Row]):
         if self._next_row + batch_size > len(self._rows):
             raise StopIteration
         batch = _share_of_batch(self._rows, self._next_row, batch_size, self._share)
+        if self._with_sources:
+            batch |= {SOURCES: self._sources_of_batch(self._next_row, batch_size)}
         self._next_row += batch_size
         return batch
+
+    def _sources_of_batch(self, first: int, batch_size: int) -> np.ndarray:
+        """A one for the source of each row of this process's share, float32 [B / process_count, S]."""
+        local = batch_size // self._share.count
+        begin = first + self._share.index * local
+        return np.eye(len(self._rows.names), dtype=np.float32)[self._rows.sources_of(range(begin, begin + local))]
 
     def get_state(self) -> dict[str, Any]:
         return {"next_row": self._next_row, "rows": self._rows.fingerprint_before(self._next_row)}

@@ -38,6 +38,10 @@ class Row(TypedDict):
     segment_ids: np.ndarray
 
 
+# What a batch of a mixture says beside its rows, where it is asked to: a one for the source of each, float32 [B, S].
+SOURCES = "sources"
+
+
 class Rows(Protocol):
     """What batches are made of: rows by number."""
 

@@ -228,6 +228,12 @@ def without_mtp(cfg: ModelConfig) -> ModelConfig:
     return cfg.replace(mtp_modules=0, source=source)
 
 
+def untied(cfg: ModelConfig) -> ModelConfig:
+    """The same model with a head of its own, and with a `config.json` that says so."""
+    source = None if cfg.source is None else {**cfg.source, "tie_word_embeddings": False}
+    return cfg.replace(tie_embeddings=False, source=source)
+
+
 def llama_names(_cfg: ModelConfig) -> Names:
     return Names(LLAMA, ignored=(r"\.rotary_emb\.inv_freq$",))
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 from jaxformers.families.catalog import nearest_published, published
 
-Kind = Literal["huggingface", "run", "checkpoint", "safetensors", "gguf"]
+Kind = Literal["huggingface", "adapter", "run", "checkpoint", "safetensors", "gguf"]
 
 # One format of weights, no pickles, and everything small that configures a model or its tokenizer.
 ALLOW_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
@@ -60,8 +60,9 @@ def _hint(text: str) -> str:
 def classify(path: str | Path) -> Kind:
     """What is at `path`, told from the files there.
 
-    "huggingface": a directory with config.json. "run": a training run, config.yaml beside checkpoints/. "checkpoint":
-    one of its checkpoints/STEP. "safetensors" and "gguf": one file with that suffix.
+    "huggingface": a directory with config.json. "adapter": one with adapter_config.json in its place. "run": a training
+    run, config.yaml beside checkpoints/. "checkpoint": one of its checkpoints/STEP. "safetensors" and "gguf": one file
+    with that suffix.
 
     Raises `ValueError` for anything else, with the kinds there are.
     """
@@ -70,14 +71,16 @@ def classify(path: str | Path) -> Kind:
         return "gguf" if path.suffix == ".gguf" else "safetensors"
     if (path / "config.json").is_file():
         return "huggingface"
+    if (path / "adapter_config.json").is_file():
+        return "adapter"
     if _is_run(path):
         return "run"
     step = path.absolute()
     if step.is_dir() and step.name.isdecimal() and step.parent.name == "checkpoints" and _is_run(step.parent.parent):
         return "checkpoint"
     raise ValueError(
-        f"{path} is none of: a Hugging Face directory (config.json), a run directory (config.yaml and checkpoints/), "
-        "one of its checkpoints (checkpoints/STEP), a .safetensors file, a .gguf file"
+        f"{path} is none of: a Hugging Face directory (config.json), an adapter (adapter_config.json), a run directory "
+        "(config.yaml and checkpoints/), one of its checkpoints (checkpoints/STEP), a .safetensors file, a .gguf file"
     )
 
 

@@ -318,8 +318,18 @@ def _entry_to_write(name: str, tensor: ArrayLike) -> _Entry:
     return _Entry(dtype, tuple(tensor.shape))
 
 
-def write_file(path: str | Path, tensors: Mapping[str, ArrayLike]) -> None:
-    """Writes `tensors` as one `.safetensors` file, which appears complete or not at all, one tensor at a time.
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The texts that a `.safetensors` file, already opened by `open_tensors`, carries beside its tensors."""
+    with Path(path).open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return dict(header.get("__metadata__") or {})
+
+
+def write_file(
+    path: str | Path, tensors: Mapping[str, ArrayLike], *, metadata: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Writes `tensors` as one `.safetensors` file, which appears complete or not at all, one tensor at a time, with
+    texts beside them.
 
     Raises as `write_tensors` does.
     """
@@ -329,7 +339,7 @@ def write_file(path: str | Path, tensors: Mapping[str, ArrayLike]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as temporary:
             unnamed = Path(temporary, path.name)
-            _write_files({unnamed: entries}, tensors, MappingProxyType({"format": "pt"}))
+            _write_files({unnamed: entries}, tensors, {"format": "pt", **metadata})
             os.replace(unnamed, path)
     except OSError as error:
         size = sum(entry.nbytes for entry in entries.values()) / 1e9

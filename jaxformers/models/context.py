@@ -18,6 +18,7 @@ from jaxformers.models.rope import Rotation
 class Context:
     """B batch, T time, S cache slots.
 
+    `observe` names what layers show of their inside (see `models.observe`).
     `read_slots` (static) bounds how much of a cache is looked at: no position of this call may lie past it.
     """
 
@@ -28,6 +29,7 @@ class Context:
     attend: Callable[..., jax.Array]
     experts: Callable[..., jax.Array]
     read_slots: int | None = None
+    observe: frozenset[str] = frozenset()
 
     @property
     def visible(self) -> Visibility:

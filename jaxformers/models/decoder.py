@@ -19,9 +19,10 @@ from jaxformers.models.context import Context
 from jaxformers.models.ffn import mlp, moe
 from jaxformers.models.layers import named_norm, softcap
 from jaxformers.models.layout import unstack
+from jaxformers.models.observe import LayerStats, Seen, Watch, concat_stats, join_stats
 from jaxformers.models.params import Params, layer_spec, model_spec
 from jaxformers.models.rope import rotations
-from jaxformers.models.routing import MoEStats, concat_layers, each_layer, join_layers
+from jaxformers.models.routing import MoEStats, each_layer
 from jaxformers.models.runtime import Runtime
 from jaxformers.models.weights import linear, lookup, output_lengths, transposed_linear
 
@@ -30,21 +31,23 @@ MIXERS = {"gqa": gqa, "mla": mla, "query": gqa}
 
 @flax.struct.dataclass
 class Hidden:
-    """What the layers made: x [B, T, D] before the final norm, the cache with this call's keys, and the experts'
-    sums, leaves [sparse layers, ...]."""
+    """What the layers made: x [B, T, D] before the final norm, the cache with this call's keys, the experts' sums,
+    leaves [sparse layers, ...], and what layers showed of their inside, leaves [layers, ...]."""
 
     x: jax.Array
     cache: Cache | None = None
     moe: MoEStats | None = None
+    seen: Seen | None = None
 
 
 def block(
     p: Params, x: jax.Array, ctx: Context, cfg: ModelConfig, kind: LayerKind, cache: LayerCache | None
-) -> tuple[jax.Array, LayerCache | None, MoEStats | None]:
+) -> tuple[jax.Array, LayerCache | None, LayerStats]:
     """One layer: x [B, T, D] -> [B, T, D]."""
+    watch = Watch(ctx)
     x = named_norm(p, "entry_norm", x, cfg)
     normed = ctx.shard(named_norm(p, "attn_norm", x, cfg), "batch", "seq", None)
-    attended, cache = MIXERS[kind.mixer](p["attn"], normed, ctx, cfg, kind, cache)
+    attended, cache = MIXERS[kind.mixer](p["attn"], normed, watch.context, cfg, kind, cache)
     attended = ctx.shard(attended, "batch", "seq", None)
     attended = cfg.residual_scale * named_norm(p, "attn_post_norm", attended, cfg)
     if cfg.parallel:
@@ -55,8 +58,9 @@ def block(
         source = ctx.shard(named_norm(p, "ffn_norm", x, cfg), "batch", "seq", None)
     fed, stats = moe(p["ffn"], source, ctx, cfg) if kind.ffn == "moe" else (mlp(p["ffn"], source, ctx, cfg), None)
     fed = ctx.shard(fed, "batch", "seq", None)
-    x += cfg.residual_scale * named_norm(p, "ffn_post_norm", fed, cfg)
-    return ctx.shard(x, "batch", "stream", None), cache, stats
+    fed = cfg.residual_scale * named_norm(p, "ffn_post_norm", fed, cfg)
+    x = ctx.shard(x + fed, "batch", "stream", None)
+    return x, cache, LayerStats(stats, watch.seen(x, attended, fed))
 
 
 def embed(params: Params, cfg: ModelConfig, tokens: jax.Array, positions: jax.Array, runtime: Runtime) -> jax.Array:
@@ -121,7 +125,7 @@ def hidden_states(
     if "blocks" in params:
         return _run_blocks(params["blocks"], x, ctx, cfg, runtime, cache)
     x, stats = run_stacks(params["layers"], x, ctx, cfg, runtime)
-    return Hidden(x, moe=stats)
+    return Hidden(x, moe=stats.moe, seen=stats.seen)
 
 
 def make_context(
@@ -135,16 +139,18 @@ def make_context(
 ) -> Context:
     """What the layers share about tokens at `positions` int32 [B, T] in documents `segment_ids` int32 [B, T]."""
     turns = rotations(cfg, positions, last)
-    return Context(positions, segment_ids, turns, runtime.shard, runtime.attend, runtime.experts, read_slots)
+    return Context(
+        positions, segment_ids, turns, runtime.shard, runtime.attend, runtime.experts, read_slots, runtime.observe
+    )
 
 
 def run_stacks(
     layers: list[list[Params]], x: jax.Array, ctx: Context, cfg: ModelConfig, runtime: Runtime, *, first: int = 0
-) -> tuple[jax.Array, MoEStats | None]:
-    """x [B, T, D] through the model's stacks from number `first` on, as many as `layers` holds; statistics [sparse
-    layers, ...] of theirs."""
+) -> tuple[jax.Array, LayerStats]:
+    """x [B, T, D] through the model's stacks from number `first` on, as many as `layers` holds; statistics
+    [layers, ...] of theirs."""
     stacks = plan_stacks(cfg.layers)
-    found: list[MoEStats | None] = []
+    found: list[LayerStats] = []
     for k, stacked in enumerate(layers, start=first):
         stage = make_stage(cfg, runtime, stacks[k])
         rows = (ctx.positions, ctx.segment_ids)
@@ -153,20 +159,20 @@ def run_stacks(
         else:
             x, stats = stage(stacked, x, rows, None, ctx=ctx)
         found.append(each_layer(stats))
-    return x, concat_layers(found)
+    return x, concat_stats(found)
 
 
-def make_stage(cfg: ModelConfig, runtime: Runtime, stack: Stack) -> Callable[..., tuple[jax.Array, MoEStats | None]]:
+def make_stage(cfg: ModelConfig, runtime: Runtime, stack: Stack) -> Callable[..., tuple[jax.Array, LayerStats]]:
     """The function (layers [R, ...], x [B, T, D], rows, active) -> (x, statistics) that runs R repeats of a stack's
     pattern.
 
     rows are (positions, segment_ids); active bool [R] says which repeats count, None = all. The statistics are [R,
-    sparse layers of the pattern, ...], zero for a repeat that does not count; None without sparse layers.
+    layers of the pattern, ...], zero for a repeat that does not count.
     """
 
     def stage(
         layers: list[Params], x: jax.Array, rows: Any, active: jax.Array | None, *, ctx: Context | None = None
-    ) -> tuple[jax.Array, MoEStats | None]:
+    ) -> tuple[jax.Array, LayerStats]:
         return _scan_stack(layers, x, ctx or make_context(cfg, runtime, *rows), cfg, runtime, stack, active)
 
     return stage
@@ -176,7 +182,7 @@ def _run_blocks(
     blocks: list[Params], x: jax.Array, ctx: Context, cfg: ModelConfig, runtime: Runtime, cache: Cache | None
 ) -> Hidden:
     """Every layer from buffers of its own, one after the other."""
-    found: list[MoEStats] = []
+    found: list[LayerStats] = []
     new_cache: Cache = []
     for i, (kind, p) in enumerate(zip(cfg.layers, blocks, strict=True)):
 
@@ -185,10 +191,11 @@ def _run_blocks(
             return block(p, x, ctx, cfg, kind, entry)
 
         x, entry, stats = runtime.rematerialize(body)(p, x, None if cache is None else cache[i])
-        found += [] if stats is None else [stats]
+        found.append(stats)
         if entry is not None:
             new_cache.append(entry)
-    return Hidden(x, None if cache is None else new_cache, join_layers(found))
+    joined = join_stats(found)
+    return Hidden(x, None if cache is None else new_cache, joined.moe, joined.seen)
 
 
 def _scan_stack(
@@ -199,18 +206,18 @@ def _scan_stack(
     runtime: Runtime,
     stack: Stack,
     active: jax.Array | None,
-) -> tuple[jax.Array, MoEStats | None]:
+) -> tuple[jax.Array, LayerStats]:
     """One compiled body for all repeats of a stack's pattern, as `make_stage` says."""
 
-    def body(x: jax.Array, repeat: tuple[list[Params], jax.Array | None]) -> tuple[jax.Array, MoEStats | None]:
+    def body(x: jax.Array, repeat: tuple[list[Params], jax.Array | None]) -> tuple[jax.Array, LayerStats]:
         x = before = ctx.save(x, "input")
-        found: list[MoEStats] = []
+        found: list[LayerStats] = []
         layers, runs = repeat
         for p, kind in zip(layers, stack.pattern, strict=True):
             p = runtime.gather(p, layer_spec(cfg, kind))
             x, _, stats = block(p, x, ctx, cfg, kind, None)
-            found += [] if stats is None else [stats]
-        stats = join_layers(found)
+            found.append(stats)
+        stats = join_stats(found)
         if runs is None:
             return x, stats
         return jnp.where(runs, x, before), jax.tree.map(lambda a: jnp.where(runs, a, 0), stats)

@@ -6,32 +6,34 @@ projections of one input become one matmul: what decoding, and anything on CPU, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxformers.models.adapters import merge
 from jaxformers.models.config import ModelConfig, plan_stacks
-from jaxformers.models.params import Params, layer_spec, model_spec, path_name
+from jaxformers.models.params import Params, path_name
 from jaxformers.models.weights import OutputMajor, concat_outputs
 
 ROUTING = ("router", "router_b", "select_b")  # computed in float32 whatever the rest is, so kept as they are
 
 
-def unstack(params: Params, cfg: ModelConfig) -> Params:
-    """The tree with `blocks`, one dict a layer in order, in place of stacked `layers`."""
+def unstack(params: Params, cfg: ModelConfig, *, take: Callable[[Any, int], Any] = lambda a, i: a[i]) -> Params:
+    """The tree with `blocks`, one dict a layer in order, in place of stacked `layers`. take(leaf, i) is entry i of a
+    stacked leaf."""
     blocks: list[Params] = [{}] * cfg.num_layers
     for run, patterns in zip(plan_stacks(cfg.layers), params["layers"], strict=True):
         for position, stacked in enumerate(patterns):
             for repeat in range(run.repeats):
-                blocks[run.layer(position, repeat)] = jax.tree.map(lambda a, r=repeat: a[r], stacked)
+                blocks[run.layer(position, repeat)] = jax.tree.map(lambda a, r=repeat: take(a, r), stacked)
     return {name: leaf for name, leaf in params.items() if name != "layers"} | {"blocks": blocks}
 
 
-def block_spec(cfg: ModelConfig) -> Params:
-    """`model_spec` of the tree that `unstack` makes."""
-    shared = {name: leaf for name, leaf in model_spec(cfg).items() if name != "layers"}
-    return shared | {"blocks": [layer_spec(cfg, kind) for kind in cfg.layers]}
+def unstack_spec(spec: Params, cfg: ModelConfig) -> Params:
+    """The specs of the tree that `unstack` makes of one with these."""
+    return unstack(spec, cfg, take=lambda leaf, _: leaf.drop_leading())
 
 
 def stack(params: Params, cfg: ModelConfig) -> Params:
@@ -66,8 +68,8 @@ def _join(p: Params, names: tuple[str, ...], fused: str) -> Params:
 
 
 def prepare(params: Params, cfg: ModelConfig, *, dtype: Any, whole: bool, on_cpu: bool) -> Params:
-    """The tree to decode from: one buffer a layer, in the compute dtype (routing apart), without what only training
-    uses.
+    """The tree to decode from: one buffer a layer, in the compute dtype (routing apart), adapters added up, without
+    what only training uses.
 
     Where every device holds layers `whole`, projections of one input are fused, and on CPU matrices are kept
     output-major.
@@ -76,7 +78,7 @@ def prepare(params: Params, cfg: ModelConfig, *, dtype: Any, whole: bool, on_cpu
     def cast(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         return leaf if path_name(path).rpartition(".")[2] in ROUTING else leaf.astype(dtype)
 
-    params = {name: leaf for name, leaf in params.items() if name != "mtp"}
+    params = merge({name: leaf for name, leaf in params.items() if name != "mtp"})
     prepared = unstack(jax.tree_util.tree_map_with_path(cast, params), cfg)
     if whole:
         prepared["blocks"] = [fuse_layer(p) for p in prepared["blocks"]]

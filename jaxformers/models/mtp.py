@@ -62,4 +62,4 @@ def _module(
     both = ctx.shard(both, "batch", "seq", None, None)
     x = ctx.shard(linear(both, p["proj"], n_in=2), "batch", "stream", None)
     x, _, stats = block(p["layer"], x, ctx, cfg, cfg.layers[-1], None)
-    return x, stats
+    return x, stats.moe

@@ -27,7 +27,7 @@ class ParamSpec:
 
     Not a pytree: a leaf, so `jax.tree.map` walks specs directly. `fan_in` sets the spread of a normal init; `n_in`
     is the number of input dims of a linear layer (those after an `experts` dim), 0 for anything that is not one.
-    `flat` marks a vector that is one dim on disk although its shape here has more.
+    `flat` marks a vector that is one dim on disk although its shape here has more. dtype is what training keeps it in.
     """
 
     shape: tuple[int, ...]
@@ -36,6 +36,7 @@ class ParamSpec:
     fan_in: int = 1
     n_in: int = 0
     flat: bool = False
+    dtype: str = "float32"
 
     def __post_init__(self) -> None:
         assert len(self.shape) == len(self.axes), self

@@ -6,7 +6,7 @@ B batch, T time, M = B T tokens, E experts, k experts a token
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -46,20 +46,20 @@ class MoEStats:
         return self.load.shape[-1] * (self.load * self.scores).sum(axis=-1) / tokens
 
 
-def join_layers(layers: list[MoEStats]) -> MoEStats | None:
+def join_layers(layers: list[Any]) -> Any:
     """The statistics of each layer as one, leaves [layers, ...]; None of no layers."""
     return jax.tree.map(lambda *a: jnp.stack(a), *layers) if layers else None
 
 
-def each_layer(repeats: MoEStats | None) -> MoEStats | None:
+def each_layer(repeats: Any) -> Any:
     """Statistics [repeats, layers of a pattern, ...] as [layers, ...], in the model's order."""
     return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), repeats)
 
 
-def concat_layers(parts: Sequence[MoEStats | None]) -> MoEStats | None:
-    """Statistics [layers, ...] of successive layers as one; None of no sparse layers."""
-    sparse = [part for part in parts if part is not None]
-    return jax.tree.map(lambda *a: jnp.concatenate(a), *sparse) if sparse else None
+def concat_layers(parts: Sequence[Any]) -> Any:
+    """Statistics [layers, ...] of successive layers as one; None of no layers, which None stands for."""
+    found = [part for part in parts if part is not None]
+    return jax.tree.map(lambda *a: jnp.concatenate(a), *found) if found else None
 
 
 def largest(x: jax.Array, k: int) -> jax.Array:

@@ -40,7 +40,8 @@ class Runtime:
     run_stack(stage, layers, x, rows), if given, runs the longest stack; run_loss, that stack and all behind it (see
     `parallel.pipeline`). shard(x, *axes) places an activation; gather(params, spec) brings weights together for use;
     keep, if given, is the `jax.checkpoint` policy of scanned layers where remat is none: it gives up such weights, as
-    keeping those of all layers would undo that they are split. attend, experts: kernels.
+    keeping those of all layers would undo that they are split. attend, experts: kernels. observe: what layers show of
+    their inside (see `models.observe`).
     """
 
     dtype: Any = jnp.float32
@@ -54,6 +55,7 @@ class Runtime:
     experts: Callable[..., jax.Array] = local_experts
     run_stack: Callable[..., Any] | None = None
     run_loss: Callable[..., Any] | None = None
+    observe: frozenset[str] = frozenset()
 
     def rematerialize(self, body: Callable[..., Any], *, scanned: bool | None = None) -> Callable[..., Any]:
         """`body` whose backward pass recomputes what `remat` says. scanned: whether it runs inside a scan; None: as

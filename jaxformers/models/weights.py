@@ -1,9 +1,10 @@
 """The only code that looks inside a weight.
 
 Everything else passes leaves of the parameter tree to `linear`, `grouped_linear` and `lookup`, so a leaf may change
-what it is without a change in any layer: an array, or one kept in the order that a device multiplies fastest from.
+what it is without a change in any layer: an array, one kept in the order that a device multiplies fastest from, one
+kept in fewer bits, or one with a low-rank adapter beside it.
 
-    B batch, T time, M rows, E experts
+    B batch, T time, M rows, E experts, R rank of an adapter
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero
+
+from jaxformers.models.quantized import Quantized
 
 FEW_ROWS = 64  # up to so many rows, a CPU's matmul is bound by reading weights
 
@@ -38,9 +42,86 @@ class OutputMajor:
         return cls(w.reshape(math.prod(w.shape[:n_in]), -1).T, w.shape[n_in:])
 
 
+@flax.struct.dataclass
+class LoRA:
+    """A weight [batch..., *in, *out] with a low-rank adapter (arXiv:2106.09685): base + scale a b, never added up.
+
+    a [batch..., *in, R] and b [batch..., R, *out] are trained, base is not; batch dims are those of layers and experts,
+    and scale float32 [batch...] is one number for each of them, 0 for one without an adapter. Of an embedding, `in` is
+    the vocabulary. magnitude [batch..., *out] makes it a DoRA (arXiv:2402.09353): each output's weights are scaled to
+    that length. key uint32 [batch..., 2], where a step sets it, drops that share of the adapter's inputs.
+    """
+
+    base: Any
+    a: jax.Array
+    b: jax.Array
+    scale: jax.Array
+    magnitude: jax.Array | None = None
+    key: jax.Array | None = None
+    dropout: float = flax.struct.field(pytree_node=False, default=0.0)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def dtype(self) -> Any:
+        return self.base.dtype
+
+    @property
+    def n_in(self) -> int:
+        """The number of input dims."""
+        return self.a.ndim - self.scale.ndim - 1
+
+    def delta(self) -> jax.Array:
+        """What the adapter adds to the weight, float32, in its shape."""
+        a, b, batch = self._flat()
+        low = a * self.scale[..., None, None]
+        return jnp.matmul(low, b, precision="highest").reshape(*batch, *self.a.shape[len(batch) : -1], *self._outs)
+
+    def merged(self) -> jax.Array:
+        """The weight as one array in the base's dtype."""
+        base = dense(self.base)
+        w = base.astype(jnp.float32) + self.delta()
+        if self.magnitude is not None:
+            batch, ins = self.scale.ndim, tuple(range(self.scale.ndim, self.scale.ndim + self.n_in))
+            factor = self.magnitude / jnp.sqrt(jnp.square(w).sum(ins))
+            w = w * jnp.expand_dims(factor, tuple(range(batch, batch + self.n_in)))
+        return w.astype(base.dtype)
+
+    def lengths(self) -> jax.Array:
+        """The length float32 [batch..., *out] of each output's weights with the adapter, which are not added up."""
+        a, b, batch = self._flat()
+        w = dense(self.base).astype(jnp.float32).reshape(*batch, a.shape[-2], b.shape[-1])
+        cross = jnp.matmul(a.mT, w, precision="highest")
+        inner = jnp.matmul(jnp.matmul(a.mT, a, precision="highest"), b, precision="highest")
+        scale = self.scale[..., None]
+        squared = jnp.square(w).sum(-2) + (b * (2 * scale[..., None] * cross + scale[..., None] ** 2 * inner)).sum(-2)
+        return jnp.sqrt(squared).reshape(*batch, *self._outs)
+
+    @property
+    def _outs(self) -> tuple[int, ...]:
+        return self.b.shape[self.scale.ndim + 1 :]
+
+    def _flat(self) -> tuple[jax.Array, jax.Array, tuple[int, ...]]:
+        """a [batch..., in, R], b [batch..., R, out], and the batch dims."""
+        batch, rank = self.scale.shape, self.a.shape[-1]
+        return self.a.reshape(*batch, -1, rank), self.b.reshape(*batch, rank, -1), batch
+
+
+Weight = jax.Array | OutputMajor | Quantized | LoRA
+
+
+def dense(w: Weight) -> jax.Array:
+    """Any weight but an output-major one as one array: adapters added up, fewer bits unpacked."""
+    if isinstance(w, LoRA):
+        return w.merged()
+    return w.dequantized() if isinstance(w, Quantized) else w
+
+
 def linear(
     x: jax.Array,
-    w: jax.Array | OutputMajor,
+    w: Weight,
     bias: jax.Array | None = None,
     *,
     n_in: int = 1,
@@ -50,13 +131,31 @@ def linear(
 
     `n_in` counts the input dims. XLA:CPU multiplies bfloat16 twice as fast when the output is float32.
     """
+    y = checkpoint_name(_product(x, w, n_in).astype(out_dtype or x.dtype), "matmul")
+    return y if bias is None else y + bias.astype(y.dtype)
+
+
+def _product(x: jax.Array, w: Weight, n_in: int) -> jax.Array:
+    """x [..., *in] times w [*in, *out] -> float32 [..., *out]."""
     if isinstance(w, OutputMajor):
         rows = x.shape[: x.ndim - n_in]
-        y = _weight_left(w.matrix, x.reshape(math.prod(rows), -1)).reshape(*rows, *w.out_shape)
-    else:
-        y = _matmul(n_in, x, w)
-    y = checkpoint_name(y.astype(out_dtype or x.dtype), "matmul")
-    return y if bias is None else y + bias.astype(y.dtype)
+        return _weight_left(w.matrix, x.reshape(math.prod(rows), -1)).reshape(*rows, *w.out_shape)
+    if isinstance(w, Quantized):
+        return _matmul(n_in, x, w.dequantized(x.dtype))
+    if not isinstance(w, LoRA):
+        return _matmul(n_in, x, w)
+    low = _matmul(n_in, _dropped(x, w), w.a) * w.scale
+    y = _product(x, w.base, n_in) + _matmul(1, low.astype(x.dtype), w.b)
+    # The length counts as a constant in the gradient, which costs little quality and much less memory (section 4.3).
+    return y if w.magnitude is None else y * (w.magnitude / lax.stop_gradient(w.lengths()))
+
+
+def _dropped(x: jax.Array, w: LoRA) -> jax.Array:
+    """What the adapter sees of x: all of it, or in a training step with dropout a random part, scaled up."""
+    if w.key is None or not w.dropout:
+        return x
+    kept = jax.random.bernoulli(jax.random.wrap_key_data(w.key), 1 - w.dropout, x.shape)
+    return jnp.where(kept, x / jnp.asarray(1 - w.dropout, x.dtype), jnp.zeros((), x.dtype))
 
 
 def _weight_left(matrix: jax.Array, x: jax.Array) -> jax.Array:
@@ -75,54 +174,84 @@ def _matmul(n_in: int, x: jax.Array, w: jax.Array) -> jax.Array:
     return lax.dot_general(x, w.astype(x.dtype), (contract, ((), ())), preferred_element_type=jnp.float32)
 
 
-def _matmul_forward(n_in: int, x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _matmul(n_in, x, w), (x, w)
+def _matmul_forward(n_in: int, x: Any, w: Any) -> tuple[jax.Array, tuple[jax.Array | None, jax.Array, bool]]:
+    # A weight that is not trained needs no gradient, and then the input need not be kept for it.
+    return _matmul(n_in, x.value, w.value), (x.value if w.perturbed else None, w.value, x.perturbed)
 
 
-def _matmul_backward(n_in: int, saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, w = saved
-    rows, outs = x.ndim - n_in, w.ndim - n_in
-    dy = dy.astype(x.dtype)
-    dx_contract = (tuple(range(rows, rows + outs)), tuple(range(n_in, w.ndim)))
-    dx = lax.dot_general(dy, w.astype(x.dtype), (dx_contract, ((), ())), preferred_element_type=jnp.float32)
-    x = x.transpose(*range(rows, x.ndim), *range(rows))
+def _matmul_backward(
+    n_in: int, saved: tuple[jax.Array | None, jax.Array, bool], dy: jax.Array | SymbolicZero
+) -> tuple[jax.Array | None, jax.Array | None]:
+    x, w, x_is_wanted = saved
+    if isinstance(dy, SymbolicZero):
+        return None, None
+    rows = dy.ndim - (w.ndim - n_in)
+    dy = dy.astype(w.dtype if x is None else x.dtype)
+    dx = None
+    if x_is_wanted:
+        dx_contract = (tuple(range(rows, dy.ndim)), tuple(range(n_in, w.ndim)))
+        dx = lax.dot_general(dy, w.astype(dy.dtype), (dx_contract, ((), ())), preferred_element_type=jnp.float32)
+    return (None if dx is None else dx.astype(dy.dtype)), (None if x is None else _weight_gradient(n_in, x, w, dy))
+
+
+def _weight_gradient(n_in: int, x: jax.Array, w: jax.Array, dy: jax.Array) -> jax.Array:
+    """The gradient, in w's shape and dtype, of inputs x [..., *in] and outputs' gradients dy [..., *out]."""
+    rows = x.ndim - n_in
+    narrow = math.prod(w.shape[n_in:]) * 8 <= math.prod(w.shape[:n_in])  # as an adapter's first matrix is
+    left, right, dims = (dy, x, dy.ndim - rows) if narrow else (x, dy, n_in)
+    left = left.transpose(*range(rows, left.ndim), *range(rows))
     if jax.default_backend() == "cpu":
         # XLA:CPU's fast matmul wants the contracted dims of its left operand last: transposing in memory first makes
         # this product twice as fast as leaving the transpose to the dot.
-        x = lax.optimization_barrier(x)
-    dw_contract = (tuple(range(n_in, x.ndim)), tuple(range(rows)))
-    dw = lax.dot_general(x, dy, (dw_contract, ((), ())), preferred_element_type=jnp.float32)
-    return dx.astype(x.dtype), dw.astype(w.dtype)
+        left = lax.optimization_barrier(left)
+    contract = (tuple(range(dims, left.ndim)), tuple(range(rows)))
+    dw = lax.dot_general(left, right, (contract, ((), ())), preferred_element_type=jnp.float32)
+    dw = dw.transpose(*range(dims, dw.ndim), *range(dims)) if narrow else dw
+    return dw.astype(w.dtype)
 
 
-_matmul.defvjp(_matmul_forward, _matmul_backward)
+_matmul.defvjp(_matmul_forward, _matmul_backward, symbolic_zeros=True)
 
 
-def transposed_linear(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x [..., in] times w [out, in] -> [..., out] in float32: the tied head over an embedding table."""
-    rows = x.shape[:-1]
+def transposed_linear(x: jax.Array, w: jax.Array | LoRA) -> jax.Array:
+    """x [..., in] times w [out, in] -> [..., out] in float32: the tied head over an embedding table.
+
+    An adapter of the embedding is one of looking tokens up, and no part of the head.
+    """
+    w, rows = w.base if isinstance(w, LoRA) else w, x.shape[:-1]
     if math.prod(rows) <= FEW_ROWS and jax.default_backend() == "cpu":
         return _weight_left(w, x.reshape(-1, x.shape[-1])).reshape(*rows, w.shape[0])
     contract = ((x.ndim - 1,), (1,))
     return lax.dot_general(x, w.astype(x.dtype), (contract, ((), ())), preferred_element_type=jnp.float32)
 
 
-def output_lengths(w: jax.Array | OutputMajor) -> jax.Array:
+def output_lengths(w: Weight) -> jax.Array:
     """The length float32 [out] of each output's weights in a linear weight [in, out], at least 1e-12."""
-    matrix, inputs = (w.matrix, 1) if isinstance(w, OutputMajor) else (w, 0)
+    matrix, inputs = (w.matrix, 1) if isinstance(w, OutputMajor) else (dense(w), 0)
     return jnp.sqrt(jnp.maximum(jnp.square(matrix.astype(jnp.float32)).sum(inputs), 1e-24))
 
 
-def grouped_linear(x: jax.Array, w: jax.Array, group_sizes: jax.Array) -> jax.Array:
+def grouped_linear(x: jax.Array, w: jax.Array | Quantized | LoRA, group_sizes: jax.Array) -> jax.Array:
     """Rows x [M, in], sorted by group, times their group's matrix in w [E, in, out] -> [M, out].
 
     Rows past `group_sizes.sum()` come out 0.
     """
-    return lax.ragged_dot(x, w.astype(x.dtype), group_sizes, preferred_element_type=jnp.float32).astype(x.dtype)
+    if not isinstance(w, LoRA):
+        return _grouped_product(x, dense(w), group_sizes).astype(x.dtype)
+    low = _grouped_product(x, w.a * w.scale[:, None, None], group_sizes).astype(x.dtype)
+    y = _grouped_product(x, dense(w.base), group_sizes) + _grouped_product(low, w.b, group_sizes)
+    return y.astype(x.dtype)
 
 
-def lookup(table: jax.Array, ids: jax.Array, *, dtype: jnp.dtype) -> jax.Array:
+def _grouped_product(x: jax.Array, w: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    return lax.ragged_dot(x, w.astype(x.dtype), group_sizes, preferred_element_type=jnp.float32)
+
+
+def lookup(table: jax.Array | LoRA, ids: jax.Array, *, dtype: jnp.dtype) -> jax.Array:
     """Rows of table [V, D] at ids [...] -> [..., D]."""
+    if isinstance(table, LoRA):
+        low = table.a[ids].astype(dtype) * table.scale.astype(dtype)
+        return lookup(table.base, ids, dtype=dtype) + linear(low, table.b)
     return table[ids].astype(dtype)
 
 

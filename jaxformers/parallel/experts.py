@@ -20,6 +20,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from jaxformers.models.adapters import spec_like
 from jaxformers.models.config import ModelConfig
 from jaxformers.models.ffn import Mixed, local_experts, run_experts, weigh
 from jaxformers.models.params import Params, moe_spec
@@ -116,8 +117,10 @@ def _island(
             + ", ".join(f"{axis}={mesh.shape[axis]}" for axis in token_axes)
         )
     specs = {name: s for name, s in moe_spec(cfg).items() if not isinstance(s, dict) and "experts" in s.axes}
-    places = {name: spec_of(s.axes, s.shape, mesh) for name, s in specs.items()}
-    split_width = "tp" in axes_in(places["down"])  # F is split: each device's output is one term of a sum
+    arrays = {name: spec_like(s, p[name]) for name, s in specs.items()}
+    places = jax.tree.map(lambda s: spec_of(s.axes, s.shape, mesh), arrays)
+    # F is split: each device's output is one term of a sum.
+    split_width = "tp" in axes_in(spec_of(specs["down"].axes, specs["down"].shape, mesh))
     apart = (*token_axes, "tp") if split_width else token_axes  # axes over which devices compute different things
 
     def own(w: jax.Array, place: P) -> jax.Array:
@@ -126,7 +129,7 @@ def _island(
         return lax.pcast(w, shared, to="varying") if shared else w
 
     def body(p: Params, x: jax.Array, weights: jax.Array, experts: jax.Array) -> Mixed:
-        p = {name: _whole_inputs(own(w, places[name]), places[name]) for name, w in p.items()}
+        p = jax.tree.map(lambda w, place: _whole_inputs(own(w, place), place), p, places)
         terms = x, weights
         if split_width:
             # Here rather than at each use: a token's gradients are then summed on a device before they are over tp.

@@ -16,6 +16,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from pydantic import BaseModel, ConfigDict, Field
 
+from jaxformers.models.adapters import spec_like
 from jaxformers.models.params import Params, ParamSpec
 from jaxformers.models.runtime import no_gather, no_shard
 
@@ -171,7 +172,10 @@ def gatherer(mesh: Mesh, *, leave: Sequence[str] = ()) -> Callable[[Params, Para
             return w
         return shard(w, *(None if axis == "embed" else axis for axis in spec.axes))
 
-    return lambda params, specs: jax.tree.map(whole, specs, params)
+    def gather(params: Params, specs: Params) -> Params:
+        return jax.tree.map(whole, jax.tree.map(spec_like, specs, params), params)
+
+    return gather
 
 
 def keep_all_but_gathered(mesh: Mesh) -> Callable[..., bool] | None:

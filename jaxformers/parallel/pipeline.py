@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxformers.models.config import ModelConfig, longest_stack, plan_stacks
-from jaxformers.models.params import Params, model_spec
+from jaxformers.models.params import Params
 from jaxformers.parallel.mesh import nearest, nearest_multiples, sharder
 
 Schedule = Literal["gpipe", "interleaved", "1f1b"]
@@ -73,10 +73,10 @@ class Pipeline:
         """Whether the slots are the plain tree's repeats in their order."""
         return np.array_equal(self.slots, np.arange(sum(self.repeats)))
 
-    def spec(self, cfg: ModelConfig) -> Params:
-        """`model_spec` of the tree that `arrange` makes."""
+    def spec(self, cfg: ModelConfig, specs: Params) -> Params:
+        """The specs of the tree that `arrange` makes of one with these."""
         size = len(self.slots)
-        return _map_pipelined(lambda s: replace(s, shape=(size, *s.shape[1:])), model_spec(cfg), cfg)
+        return _map_pipelined(lambda s: replace(s, shape=(size, *s.shape[1:])), specs, cfg)
 
     def arrange(self, params: Params, cfg: ModelConfig) -> Params:
         """The plain tree with the pipelined stack's repeats in the order of their slots."""

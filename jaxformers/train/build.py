@@ -6,95 +6,67 @@ fastest from on CPU; whatever leaves a run (checkpoints, exports, users' models)
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
+from jaxformers.models.adapters import (
+    Adapter,
+    adapted_spec,
+    add_adapter,
+    combine,
+    partition,
+    trainable,
+    with_keys,
+)
 from jaxformers.models.config import ModelConfig
-from jaxformers.models.layout import block_spec, stack, unstack
-from jaxformers.models.params import Params, flops_per_token, init_params, model_spec
+from jaxformers.models.layout import stack, unstack, unstack_spec
+from jaxformers.models.params import Params, ParamSpec, flops_per_token, init_params, model_spec, path_name
 from jaxformers.models.runtime import HOST_MEMORY, Runtime
 from jaxformers.parallel.context import column_order, make_attend
 from jaxformers.parallel.distributed import together
-from jaxformers.parallel.experts import mesh_experts
 from jaxformers.parallel.hardware import peak_flops
 from jaxformers.parallel.mesh import (
-    RULES,
-    SEQUENCE_PARALLEL,
     SPLIT_REPLICAS,
     batch_shards,
-    gatherer,
-    keep_all_but_gathered,
-    nearest_multiples,
     param_shardings,
-    sharder,
+    replicated,
 )
 from jaxformers.parallel.pipeline import Pipeline, plan_pipeline
 from jaxformers.train.ahead import look_ahead
 from jaxformers.train.average import averaged
-from jaxformers.train.balance import check_expert_bias, shift_expert_biases
-from jaxformers.train.config import (
-    GuardConfig,
-    LossConfig,
-    OptimizerConfig,
-    RuntimeConfig,
-    ScheduleConfig,
-    TrainConfig,
-)
+from jaxformers.train.balance import shift_expert_biases
+from jaxformers.train.checks import check_rows, check_settings
+from jaxformers.train.config import GuardConfig, LossConfig, MonitorConfig, RuntimeConfig, TrainConfig
 from jaxformers.train.loop import Program
 from jaxformers.train.losses import Batch, chunk_length, eval_sums, lm_loss
-from jaxformers.train.optim import make_optimizer
+from jaxformers.train.measure import make_measure, name_metrics
+from jaxformers.train.optim import make_optimizer, scale_updates, scaled
+from jaxformers.train.optimizer_config import OptimizerConfig, ScheduleConfig
+from jaxformers.train.qk_clip import qk_clip
+from jaxformers.train.runtimes import make_runtime
 from jaxformers.train.schedules import make_schedule
 from jaxformers.train.state import TrainState, abstract_state, map_params, new_state, state_shardings
 from jaxformers.train.step import make_train_step
 
 # Random numbers of many shapes are much code for one run: compiling it well takes longer than running it.
 RUN_ONCE = {"xla_backend_optimization_level": 1}
-UNROLLED_LAYERS = 32  # deeper models compile too long when every layer is its own code
-
-
-def make_runtime(config: RuntimeConfig, cfg: ModelConfig, mesh: Mesh, *, pipeline: Pipeline | None = None) -> Runtime:
-    """The runtime of a training step on this mesh, with attention over whole rows.
-
-    On CPU, `auto` unrolls layers, as scanned weights are copied every step, unless memory is to be saved by
-    recomputation: XLA:CPU keeps everything of an unrolled model alive, and so that pair is refused. Layers of a
-    pipeline are always scanned, as each stage runs its own part of one array.
-    """
-    on_cpu, layers = mesh.devices.flat[0].platform == "cpu", config.layers
-    if on_cpu and layers == "unroll" and config.remat != "none":
-        raise ValueError(f"runtime: remat={config.remat} saves no memory with layers=unroll on CPU; use layers=scan")
-    if pipeline is not None:
-        if layers == "unroll":
-            raise ValueError(f"runtime.layers=unroll does not go with mesh.pp={pipeline.stages}; use scan or auto")
-        layers = "scan"
-    if layers == "auto":
-        unrolls = on_cpu and config.remat == "none" and cfg.num_layers <= UNROLLED_LAYERS
-        layers = "unroll" if unrolls else "scan"
-    experts = mesh_experts(mesh, cfg, dispatch=config.experts, capacity_factor=config.capacity_factor)
-    return Runtime(
-        dtype=jnp.dtype(config.dtype),
-        remat=config.remat,
-        offload=config.offload in ("residuals", "both"),
-        layers=layers,
-        shard=sharder(mesh, SEQUENCE_PARALLEL if config.sequence_parallel else RULES),
-        gather=gatherer(mesh, leave=("experts",)),
-        keep=keep_all_but_gathered(mesh),
-        experts=experts,
-        run_stack=None if pipeline is None else pipeline.run,
-        run_loss=pipeline.loss if pipeline is not None and pipeline.schedule == "1f1b" else None,
-    )
 
 
 @dataclass(frozen=True)
 class Trainer:
-    """One model's training on one mesh: rows of `sequence_length` tokens, settings as the config file names them."""
+    """One model's training on one mesh: rows of `sequence_length` tokens, settings as the config file names them.
+
+    adapter: what is trained in place of the model's own weights, the learning rate of its second matrices being
+    b_rate_ratio times the others' (LoRA+, arXiv:2402.12354). frozen: which entries (bool [layers, experts], as far as a
+    weight has them) of weights are not trained, by path name.
+    """
 
     cfg: ModelConfig
     mesh: Mesh
@@ -105,62 +77,17 @@ class Trainer:
     schedule: ScheduleConfig = ScheduleConfig()
     loss: LossConfig = LossConfig()
     guard: GuardConfig = GuardConfig()
+    adapter: Adapter | None = None
+    b_rate_ratio: float = 1.0
+    frozen: Mapping[str, np.ndarray] = field(default_factory=dict)
+    monitor: MonitorConfig = MonitorConfig()
+    sources: tuple[str, ...] = ()  # of the mixture, where batches say which rows are whose
 
     def check(self) -> None:
         """ValueError for settings that do not fit each other, before anything is compiled."""
-        self._check_rows()
+        check_rows(self)
         _ = self.learning_rate, self._runtime, self.tx
-        self._check_sequence_parallel()
-        self._check_offload()
-        self._check_one_f_one_b()
-        check_expert_bias(self.cfg, rate=self.loss.expert_bias_rate)
-
-    def _check_rows(self) -> None:
-        count, shards = self.train.accumulation, batch_shards(self.mesh.shape)
-        for size in self.train.batch_sizes.values():
-            if size // count % shards:
-                raise ValueError(
-                    f"train: a microbatch of {size // count} rows (batch_size {size} / accumulation {count}) cannot be "
-                    f"split over {shards} devices; nearest legal batch_size: "
-                    f"{nearest_multiples(size, of=count * shards)}"
-                )
-
-    def _check_sequence_parallel(self) -> None:
-        shards = self.mesh.shape["tp"] * self.mesh.shape["cp"]
-        if self.runtime.sequence_parallel and self.sequence_length % shards:
-            raise ValueError(
-                f"runtime: sequence_parallel cannot split rows of {self.sequence_length} tokens over {shards} devices; "
-                f"nearest legal: {nearest_multiples(self.sequence_length, of=shards)}"
-            )
-
-    def _check_offload(self) -> None:
-        offload, device = self.runtime.offload, self.mesh.local_devices[0]
-        kinds = [memory.kind for memory in device.addressable_memories()]
-        if offload != "none" and HOST_MEMORY not in kinds:
-            raise ValueError(
-                f"runtime: offload={offload} needs memory of the kind {HOST_MEMORY}, which {device.platform} devices "
-                f"do not have (only {', '.join(kinds)}); use offload=none"
-            )
-        if offload in ("residuals", "both") and self.runtime.remat == "none":
-            raise ValueError(
-                f"runtime: offload={offload} moves what remat keeps, but remat is none; use remat=full, dots or "
-                "projections, or offload=" + ("optimizer" if offload == "both" else "none")
-            )
-
-    def _check_one_f_one_b(self) -> None:
-        """ValueError for what cannot run while some microbatches go forward and others backward."""
-        if self._pipeline is None or self._pipeline.schedule != "1f1b":
-            return
-        if self.cfg.moe is not None and self.loss.balance_over != "row":
-            raise ValueError(
-                f"loss: balance_over={self.loss.balance_over} needs all rows before any gradient, which "
-                "runtime.pipeline=1f1b has not; use balance_over=row, or pipeline=gpipe or interleaved"
-            )
-        if self.mesh.shape["cp"] > 1:
-            raise ValueError(
-                f"runtime.pipeline=1f1b does not go with mesh.cp={self.mesh.shape['cp']}, whose exchanges of both ways "
-                "could wait for each other; use gpipe or interleaved"
-            )
+        check_settings(self)
 
     @cached_property
     def learning_rate(self) -> optax.Schedule:
@@ -170,21 +97,50 @@ class Trainer:
     @cached_property
     def tx(self) -> optax.GradientTransformation:
         slots = None if self._arranged is None else self._arranged.slots
-        return self._optimizer(self._spec, slots=slots)
+        tx = self._optimizer(self._spec, slots=slots)
+        factors = self._factors
+        return tx if factors is None else optax.chain(tx, scale_updates(self._inward(factors)))
 
     def _optimizer(self, spec: Params, *, slots: np.ndarray | None = None) -> optax.GradientTransformation:
         steps = self.train.steps
         return make_optimizer(self.optimizer, self.learning_rate, spec, cfg=self.cfg, steps=steps, slots=slots)
 
+    @property
+    def _factors(self) -> Params | None:
+        """What updates are multiplied by, as the plain tree of the trained parameters; None: by nothing."""
+        if self.adapter is None:
+            return self._moving
+        if self.b_rate_ratio == 1.0:
+            return None
+
+        def ratio(path: Any, spec: ParamSpec) -> np.ndarray:
+            is_second = path[-1] == jax.tree_util.GetAttrKey("b")
+            return np.full(spec.shape[: spec.num_batch], self.b_rate_ratio if is_second else 1.0, np.float32)
+
+        return jax.tree_util.tree_map_with_path(ratio, self._plain[0])
+
+    @cached_property
+    def _moving(self) -> Params | None:
+        """1 for every entry of the trained parameters that is, 0 for one that is frozen beside others of its leaf, as
+        their plain tree; None where there is no such leaf."""
+        if self.adapter is not None or all(held.all() for held in self.frozen.values()):
+            return None
+
+        def moving(path: Any, spec: ParamSpec) -> np.ndarray:
+            held = self.frozen.get(path_name(path), np.zeros(spec.shape[: spec.num_batch], bool))
+            return np.where(held, 0.0, 1.0).astype(np.float32)
+
+        return jax.tree_util.tree_map_with_path(moving, self._plain[0])
+
     @cached_property
     def _runtime(self) -> Runtime:
         kinds = self.runtime.attention, self.runtime.context
         attend = make_attend(*kinds, self.cfg, self.mesh, length=self.sequence_length)
-        runtime = make_runtime(self.runtime, self.cfg, self.mesh, pipeline=self._pipeline)
+        runtime = make_runtime(self.runtime, self.cfg, self.mesh, pipeline=self.pipeline)
         return replace(runtime, attend=attend)
 
     @cached_property
-    def _pipeline(self) -> Pipeline | None:
+    def pipeline(self) -> Pipeline | None:
         """How layers are cut into stages. ValueError for a cut that does not fit the model, the mesh or the batch."""
         plans = [
             plan_pipeline(
@@ -201,10 +157,45 @@ class Trainer:
         return plans[0]  # rows only decide whether there is one
 
     @cached_property
+    def _plain_spec(self) -> Params:
+        """Of all parameters, as the plain tree."""
+        return model_spec(self.cfg) if self.adapter is None else adapted_spec(self.cfg, self.adapter)
+
+    @cached_property
+    def _mask(self) -> Params:
+        """Which parameters are trained, as the plain tree."""
+        if self.adapter is not None:
+            return trainable(self._plain_spec, self.adapter.biases)
+        whole = {name for name, held in self.frozen.items() if held.all()}
+        return jax.tree_util.tree_map_with_path(lambda path, _: path_name(path) not in whole, self._plain_spec)
+
+    @property
+    def splits(self) -> bool:
+        """Whether some parameters are not trained."""
+        return self.adapter is not None or bool(self.frozen)
+
+    @cached_property
+    def _plain(self) -> tuple[Params, Params | None]:
+        """The specs of the trained parameters and of the others."""
+        return self._cut(self._plain_spec)
+
+    def _cut(self, tree: Params) -> tuple[Params, Params | None]:
+        """A plain tree's trained part and the rest."""
+        return partition(tree, self._mask) if self.splits else (tree, None)
+
+    @property
     def _spec(self) -> Params:
+        return self._specs[0]
+
+    @cached_property
+    def _specs(self) -> tuple[Params, Params | None]:
+        """The specs of the trained parameters and of the others, as they are laid out in the run."""
+        return self._inward_spec(self._plain[0]), None if self._plain[1] is None else self._inward_spec(self._plain[1])
+
+    def _inward_spec(self, spec: Params) -> Params:
         if self._arranged is not None:
-            return self._arranged.spec(self.cfg)
-        return block_spec(self.cfg) if self._unrolled else model_spec(self.cfg)
+            return self._arranged.spec(self.cfg, spec)
+        return unstack_spec(spec, self.cfg) if self._unrolled else spec
 
     @property
     def _is_plain(self) -> bool:
@@ -214,7 +205,7 @@ class Trainer:
     @property
     def _arranged(self) -> Pipeline | None:
         """The pipeline, if its stages want layers in another order than the plain tree's."""
-        return None if self._pipeline is None or self._pipeline.is_plain else self._pipeline
+        return None if self.pipeline is None or self.pipeline.is_plain else self.pipeline
 
     @property
     def _unrolled(self) -> bool:
@@ -226,19 +217,36 @@ class Trainer:
 
     @cached_property
     def plain_state(self) -> TrainState:
-        """Shapes and shardings of the state in the form that checkpoints hold."""
-        spec = model_spec(self.cfg)
-        return self._abstract(spec, self._optimizer(spec))
+        """Shapes and shardings of the state in the form that checkpoints hold: without the base of an adapter, with
+        weights that are not trained for another reason."""
+        spec, rest = self._plain
+        tx = self._optimizer(spec)
+        tx = tx if self._factors is None else optax.chain(tx, scale_updates(self._factors))
+        if self.adapter is not None or rest is None:
+            return self._abstract(spec, tx)
+        return _completed(self._abstract(spec, tx, rest))
+
+    @cached_property
+    def abstract_state(self) -> TrainState:
+        """Shapes and shardings of the state as a run holds it."""
+        return self._abstract(self._spec, self.tx, self._specs[1])
 
     @cached_property
     def _places(self) -> TrainState:
-        return state_shardings(self._abstract(self._spec, self.tx))
+        return state_shardings(self.abstract_state)
 
-    def _abstract(self, spec: Params, tx: optax.GradientTransformation) -> TrainState:
+    def _abstract(self, spec: Params, tx: optax.GradientTransformation, frozen: Params | None = None) -> TrainState:
         memory = HOST_MEMORY if self._offloads_moments else None
         split = self.runtime.zero > 0
         return abstract_state(
-            spec, tx, self.mesh, guard=self.guard, ema=self._ema, split_moments=split, moments_memory=memory
+            spec,
+            tx,
+            self.mesh,
+            guard=self.guard,
+            ema=self._ema,
+            split_moments=split,
+            moments_memory=memory,
+            frozen=frozen,
         )
 
     @property
@@ -255,7 +263,9 @@ class Trainer:
         return jax.tree.map(fetch, state, places) if self._offloads_moments else state
 
     def _place_gradient(self, grads: Params) -> Params:
-        """Gradients where the parameters are, or split among replicas."""
+        """Gradients where the parameters are, or split among replicas; zero for what is frozen."""
+        if self._moving is not None:
+            grads = jax.tree.map(scaled, grads, self._inward(self._moving))
         if self.runtime.zero < 2:
             return grads
         return jax.lax.with_sharding_constraint(grads, param_shardings(self._spec, self.mesh, SPLIT_REPLICAS))
@@ -270,45 +280,85 @@ class Trainer:
 
         def make(key: jax.Array) -> TrainState:
             init_key, run_key = jax.random.split(key)
-            return new_state(
-                self._inward(init_params(self.cfg, init_key)), self.tx, run_key, guard=self.guard, ema=self._ema
-            )
+            return self._begin(init_params(self.cfg, init_key), run_key)
 
         return jax.jit(make, out_shardings=self._places, compiler_options=RUN_ONCE)(jax.random.key(seed))
 
     def from_params(self, params: Params, seed: int) -> TrainState:
         """A fresh state around float32 parameters given as the plain tree, which are used up."""
 
-        def make(params: Params, key: jax.Array) -> TrainState:
-            return new_state(self._inward(params), self.tx, key, guard=self.guard, ema=self._ema)
+        make = jax.jit(self._begin, out_shardings=self._places, donate_argnums=self._donated)
+        return make(params, jax.random.key(seed))
 
-        return jax.jit(make, out_shardings=self._places, donate_argnums=self._donated)(params, jax.random.key(seed))
+    def _begin(self, params: Params, key: jax.Array) -> TrainState:
+        """A fresh state around the plain tree."""
+        trained, rest = self._cut(self._with_adapter(params, key))
+        frozen = None if rest is None else self._inward(rest)
+        return new_state(self._inward(trained), self.tx, key, guard=self.guard, ema=self._ema, frozen=frozen)
 
-    def from_plain(self, state: TrainState) -> TrainState:
-        """The state to run from, of one in the form that checkpoints hold, which is used up."""
-        if self._is_plain:
+    def _with_adapter(self, params: Params, key: jax.Array) -> Params:
+        if self.adapter is None:
+            return params
+        return add_adapter(params, self.cfg, self.adapter, jax.random.fold_in(key, 1))
+
+    def base(self, params: Params) -> Params:
+        """What a state holds of the model that an adapter is trained on, given as the plain tree, which is used up."""
+
+        def make(params: Params) -> Params:
+            frozen = self._cut(self._with_adapter(params, jax.random.key(0)))[1]
+            assert frozen is not None
+            return self._inward(frozen)
+
+        return jax.jit(make, out_shardings=self._places.frozen, donate_argnums=self._donated)(params)
+
+    def from_plain(self, state: TrainState, base: Params | None = None) -> TrainState:
+        """The state to run from, of one in the form that checkpoints hold, which is used up; base: as `base` gives
+        it, where there is an adapter."""
+        if self.adapter is not None:
+            assert base is not None
+            return self._inside(state).replace(frozen=base)
+        return self._inside(state)
+
+    def _inside(self, state: TrainState) -> TrainState:
+        if self._is_plain and not (self.splits and self.adapter is None):
             return state
         before = state_shardings(self.plain_state)
 
         def inward(state: TrainState) -> TrainState:
-            return map_params(self._inward, self._fetch(state, before))
+            state = self._fetch(state, before)
+            if self.splits and self.adapter is None:
+                (params, frozen), ema = self._cut(state.params), state.ema
+                state = state.replace(params=params, frozen=frozen, ema=None if ema is None else self._cut(ema)[0])
+            return map_params(self._inward, state)
 
-        return together(jax.jit(inward, out_shardings=self._places), "compile the way from a checkpoint")(state)
+        places = self._places if self.adapter is None else self._places.replace(frozen=None)
+        return together(jax.jit(inward, out_shardings=places), "compile the way from a checkpoint")(state)
 
     def to_plain(self, state: TrainState) -> TrainState:
         """The form that checkpoints hold, of a state to run from, which stays."""
+        places = self._places
+        if self.adapter is not None:
+            state, places = state.replace(frozen=None), places.replace(frozen=None)
         if self._is_plain:
-            return state
+            return _completed(state)
 
         def outward(state: TrainState) -> TrainState:
-            return map_params(self._outward, self._fetch(state, self._places))
+            return _completed(map_params(self._outward, self._fetch(state, places)))
 
         return together(jax.jit(outward, out_shardings=state_shardings(self.plain_state)), "compile the save")(state)
 
+    def whole(self, params: Params, base: Params) -> Params:
+        """The plain tree with an adapter: of its parameters in the form that checkpoints hold, and of its base in that
+        of a state."""
+        if not self._is_plain:
+            places = param_shardings(self._plain[1], self.mesh)
+            base = jax.jit(self._outward, out_shardings=places)(base)
+        return combine(params, base)
+
     @property
     def _donated(self) -> tuple[int, ...]:
-        """Buffers of the plain tree can only be used again where the state keeps its form."""
-        return (0,) if self._is_plain else ()
+        """Buffers of the plain tree can only be used again where the state keeps its form, and all of its bits."""
+        return (0,) if self._is_plain and (self.adapter is None or self.adapter.base is None) else ()
 
     def _outward(self, params: Params) -> Params:
         return self._arranged.restore(params, self.cfg) if self._arranged else stack(params, self.cfg)
@@ -322,8 +372,30 @@ class Trainer:
     def program(self) -> Program:
         """The compiled step and evaluation, with what the loop needs to know of their cost."""
         rows = max(self.train.batch_sizes.values()) // self.train.accumulation
+        peak = peak_flops(self.mesh.devices.flat[0], self.runtime.dtype)
+        return Program(
+            step=self._compiled_step(rows),
+            measured_step=self._compiled_step(rows, measures=True) if self.monitor.measures else None,
+            measure_every=self.monitor.every,
+            evaluate=together(jax.jit(self._with_settings(eval_sums, rows=rows)), "compile the evaluation"),
+            to_plain=self.to_plain,
+            name=partial(name_metrics, cfg=self.cfg, sources=self.sources),
+            tokens_after=lambda step: self.train.rows_before(step) * self.sequence_length,
+            flops_per_token=self._flops_per_token,
+            peak_flops=None if peak is None else peak * self.mesh.size,
+        )
+
+    def _compiled_step(self, rows: int, *, measures: bool = False) -> Callable[..., Any]:
+        """The update, in microbatches of so many rows, compiled when first called. measures: what `monitor` says."""
+        observe, measure, limit = frozenset(), None, self.optimizer.qk_clip
+        if measures:
+            tidy = partial(self._arranged.restore, cfg=self.cfg) if self._arranged else (lambda tree: tree)
+            measure, observe = make_measure(self.monitor.values, self.cfg, tidy=tidy), self.monitor.in_layers
+        if limit is not None:
+            observe |= {"attention_logits"}
+        runtime = replace(self._runtime, observe=observe)
         step = make_train_step(
-            self._with_settings(lm_loss, rows=rows),
+            self._with_settings(lm_loss, rows=rows, runtime=runtime),
             self.tx,
             self.learning_rate,
             guard=self.guard,
@@ -331,19 +403,32 @@ class Trainer:
             clip_norm=self.optimizer.clip_norm,
             average=partial(averaged, config=self.train) if self._ema else None,
             balance=self._balance,
+            clip_logits=None if limit is None else partial(qk_clip, threshold=limit, cfg=self.cfg),
             place_gradient=self._place_gradient,
             extend=self._look_ahead,
             fetch=partial(self._fetch, places=self._places),
+            complete=self._complete,
+            measure=measure,
         )
-        peak = peak_flops(self.mesh.devices.flat[0], self.runtime.dtype)
-        return Program(
-            step=together(jax.jit(step, donate_argnums=0, out_shardings=(self._places, None)), "compile the step"),
-            evaluate=together(jax.jit(self._with_settings(eval_sums, rows=rows)), "compile the evaluation"),
-            to_plain=self.to_plain,
-            tokens_after=lambda step: self.train.rows_before(step) * self.sequence_length,
-            flops_per_token=flops_per_token(self.cfg, self.sequence_length, mtp=self.runs_mtp),
-            peak_flops=None if peak is None else peak * self.mesh.size,
-        )
+        places = (self._places, replicated(self.mesh))
+        return together(jax.jit(step, donate_argnums=0, out_shardings=places), "compile the step")
+
+    @property
+    def _flops_per_token(self) -> float:
+        """Without the gradient of weights where only their adapter has one."""
+        flops = flops_per_token(self.cfg, self.sequence_length, mtp=self.runs_mtp)
+        return flops if self.adapter is None else flops * 2 / 3
+
+    def _complete(self, params: Params, state: TrainState, microbatch: jax.Array) -> Params:
+        """The model that the loss sees: all parameters, and a key for each adapter's dropout."""
+        if state.frozen is None:
+            return params
+        whole = combine(params, state.frozen)
+        if self.adapter is None or not self.adapter.dropout:
+            return whole
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        slots = None if self._arranged is None else self._arranged.slots
+        return with_keys(whole, self.cfg, jax.random.fold_in(key, microbatch), slots=slots)
 
     @property
     def runs_mtp(self) -> bool:
@@ -362,11 +447,21 @@ class Trainer:
         slots = None if self._arranged is None else self._arranged.slots
         return partial(shift_expert_biases, cfg=self.cfg, rate=rate, slots=slots) if rate else None
 
-    def _with_settings(self, function: Callable[..., Any], *, rows: int) -> Callable[..., Any]:
+    def _with_settings(
+        self, function: Callable[..., Any], *, rows: int, runtime: Runtime | None = None
+    ) -> Callable[..., Any]:
         """The function with what this run's settings say, for `rows` at a time."""
         length, vocab = self.sequence_length, self.cfg.vocab_size
         cp = self.mesh.shape["cp"]
         # Every stage computes the head of the same rows.
         devices = self.mesh.size // self.mesh.shape["pp"]
         chunk = chunk_length(self.loss, rows=rows, length=length, vocab_size=vocab, devices=devices, context_shards=cp)
-        return partial(function, cfg=self.cfg, runtime=self._runtime, config=self.loss, chunk=chunk)
+        return partial(function, cfg=self.cfg, runtime=runtime or self._runtime, config=self.loss, chunk=chunk)
+
+
+def _completed(state: TrainState) -> TrainState:
+    """The state with weights that are not trained among the others, and in their average."""
+    if state.frozen is None:
+        return state
+    ema = None if state.ema is None else combine(state.ema, state.frozen)
+    return state.replace(params=state.model, ema=ema, frozen=None)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from jaxformers.parallel.mesh import nearest_multiples
+from jaxformers.train.optimizer_config import STRICT
 from jaxformers.train.retention import Metric
-
-STRICT = ConfigDict(extra="forbid", frozen=True)
 
 
 class RuntimeConfig(BaseModel):
@@ -81,145 +79,6 @@ class RuntimeConfig(BaseModel):
     )
 
 
-class ScheduleConfig(BaseModel):
-    """The learning rate over the run."""
-
-    model_config = STRICT
-
-    name: Literal["cosine", "linear", "wsd", "constant", "inverse_sqrt", "polynomial"] = Field(
-        "cosine", description="Shape after warm-up."
-    )
-    warmup_steps: int = Field(100, ge=0, description="Steps of linear growth from zero.")
-    final_fraction: float = Field(
-        0.1, ge=0, le=1, description="Rate at the end, as a fraction of the peak (cosine, linear, polynomial, wsd)."
-    )
-    decay_fraction: float = Field(0.2, gt=0, le=1, description="wsd: share of the run spent decaying at its end.")
-    cycles: int = Field(1, ge=1, description="cosine: decays of equal length, each from the peak (hard restarts).")
-    power: float = Field(
-        1.0,
-        gt=0,
-        description="What is left of the peak at a share x of the decay: polynomial: (1 - x)^power; wsd: 1 - x^power, "
-        "whose 0.5 is the 1-sqrt decay (arXiv:2405.18392).",
-    )
-
-    @model_validator(mode="after")
-    def _read_by_name(self) -> ScheduleConfig:
-        check_read(self, SCHEDULE_READS, always=("warmup_steps", "final_fraction", "decay_fraction"))
-        return self
-
-
-class GroupConfig(BaseModel):
-    """Parameters, by name, whose updates differ from the others'."""
-
-    model_config = STRICT
-
-    match: str | tuple[str, ...] = Field(
-        description="Patterns (* and ?) of names: a checkpoint's (model.layers.0.mlp.*, *q_proj*) or "
-        "ours (layers.0.ffn.*, embed)."
-    )
-    learning_rate: float | None = Field(None, gt=0, description="Their own peak learning rate.")
-    scale: float | None = Field(None, ge=0, description="Or: what multiplies the learning rate; 0: they stay.")
-    weight_decay: float | None = Field(
-        None, ge=0, description="Decay of all of them, norms and biases too; null: as of the others."
-    )
-    schedule: ScheduleConfig | None = Field(None, description="Their own schedule; null: the run's.")
-
-    @property
-    def patterns(self) -> tuple[str, ...]:
-        return (self.match,) if isinstance(self.match, str) else self.match
-
-    @model_validator(mode="after")
-    def _one_rate(self) -> GroupConfig:
-        if self.learning_rate is not None and self.scale is not None:
-            raise ValueError(f"learning_rate={self.learning_rate} and scale={self.scale} exclude each other")
-        if not self.patterns:
-            raise ValueError("match holds no pattern")
-        return self
-
-
-class OptimizerConfig(BaseModel):
-    """What makes an update of a gradient, and for which parameters it is another."""
-
-    model_config = STRICT
-
-    name: Literal["adamw", "adafactor", "lion", "sgd", "muon"] = Field(
-        "adamw",
-        description="AdamW (arXiv:1711.05101), Adafactor (arXiv:1804.04235, by the given rate alone), Lion "
-        "(arXiv:2302.06675), SGD with momentum, or Muon (arXiv:2502.16982) of hidden matrices with AdamW of all else.",
-    )
-    learning_rate: float = Field(3e-4, gt=0, description="Peak learning rate.")
-    b1: float = Field(0.9, ge=0, lt=1, description="adamw, muon's adamw: decay of the first moment; lion: of the sign.")
-    b2: float = Field(
-        0.95, ge=0, lt=1, description="adamw, muon's adamw: decay of the second moment; lion: of the momentum."
-    )
-    eps: float = Field(1e-8, gt=0, description="adamw, muon's adamw: added to the root of the second moment.")
-    momentum: float | None = Field(
-        None, ge=0, lt=1, description="sgd, muon: decay of the momentum; null: 0.9 (sgd), 0.95 (muon)."
-    )
-    nesterov: bool | None = Field(
-        None, description="sgd, muon: Nesterov's momentum; null: not with sgd, but with muon."
-    )
-    weight_decay: float = Field(
-        0.1, ge=0, description="Decoupled decay of matrices and embeddings; norms and biases are spared."
-    )
-    clip_norm: float | None = Field(1.0, gt=0, description="Largest global norm of the gradient; null = no clipping.")
-    state: Literal["float32", "int8"] = Field(
-        "float32", description="Moments between updates: whole, or a byte each in blocks (arXiv:2110.02861)."
-    )
-    layer_decay: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        description="What a layer's rate is of the layer's above it; embeddings lie below the first layer, the head "
-        "and final norm above the last.",
-    )
-    groups: dict[str, GroupConfig] = Field(
-        {}, description="Parameters with a rate, decay or schedule of their own; of two that match, the first counts."
-    )
-
-    @model_validator(mode="after")
-    def _read_by_name(self) -> OptimizerConfig:
-        check_read(
-            self, OPTIMIZER_READS, always=("learning_rate", "weight_decay", "clip_norm", "layer_decay", "groups")
-        )
-        if self.name == "sgd" and self.state == "int8" and not self.decay_of_momentum:
-            raise ValueError("state=int8 needs moments, which sgd without momentum has none of")
-        return self
-
-    @property
-    def decay_of_momentum(self) -> float:
-        """Of sgd and muon."""
-        return {"sgd": 0.9, "muon": 0.95}[self.name] if self.momentum is None else self.momentum
-
-    @property
-    def is_nesterov(self) -> bool:
-        """Of sgd and muon."""
-        return self.name == "muon" if self.nesterov is None else self.nesterov
-
-
-OPTIMIZER_READS = {
-    "adamw": ("b1", "b2", "eps", "state"),
-    "adafactor": (),
-    "lion": ("b1", "b2", "state"),
-    "sgd": ("momentum", "nesterov", "state"),
-    "muon": ("b1", "b2", "eps", "momentum", "nesterov", "state"),
-}
-SCHEDULE_READS = {"cosine": ("cycles",), "polynomial": ("power",), "wsd": ("power",)}
-
-
-def check_read(config: BaseModel, reads: Mapping[str, tuple[str, ...]], *, always: tuple[str, ...]) -> None:
-    """ValueError for a key with another value than its default that what the config names does not read.
-
-    A config that was written out holds every default, so a key that is merely there says nothing.
-    """
-    own = reads.get(config.name, ())
-    for key, field in type(config).model_fields.items():
-        value = getattr(config, key)
-        if key not in ("name", *always, *own) and value != field.default:
-            readers = ", ".join(name for name, keys in reads.items() if key in keys)
-            raise ValueError(f"{config.name} does not read {key} (here {value}); it is for {readers}")
-
-
 class LossConfig(BaseModel):
     """What is minimised besides cross-entropy, and how the head is computed."""
 
@@ -276,11 +135,14 @@ class TrainConfig(BaseModel):
         "(arXiv:1803.05407); null: ema if it has a decay.",
     )
     average_from: int = Field(0, ge=0, description="The update whose parameters are the first in the average.")
-    average_every: int = Field(1, ge=1, description="Updates between parameters that enter the average.")
     time_limit_minutes: float | None = Field(
         None, gt=0, description="When the run must be over: it saves and stops in time; null = no limit."
     )
-    tensorboard: bool = Field(False, description="Also write TensorBoard events (extra `monitor`).")
+    freeze: tuple[str, ...] = Field(
+        (),
+        description="Patterns of weights that are not trained, by their names in the model's checkpoint, such as "
+        "model.embed_tokens or model.layers.[0-3]; with lora: of modules that get no adapter.",
+    )
 
     @model_validator(mode="after")
     def _microbatches(self) -> TrainConfig:
@@ -302,8 +164,8 @@ class TrainConfig(BaseModel):
             raise ValueError(
                 f"average={self.average} does not go with ema_decay={self.ema_decay}; ema needs one, sma none"
             )
-        if self.averages is None and (self.average_from, self.average_every) != (0, 1):
-            raise ValueError("average_from and average_every need an average; set average=sma, or ema_decay")
+        if self.averages is None and self.average_from:
+            raise ValueError("average_from needs an average; set average=sma, or ema_decay")
         if self.averages is not None and self.average_from > self.steps:
             raise ValueError(f"average_from is {self.average_from}, which a run of {self.steps} steps does not reach")
         return self
@@ -323,6 +185,37 @@ class TrainConfig(BaseModel):
         starts = [*self.batch_sizes, step]
         spans = zip(starts, starts[1:], self.batch_sizes.values(), strict=False)
         return sum(max(min(end, step) - start, 0) * rows for start, end, rows in spans)
+
+
+class LoRAConfig(BaseModel):
+    """A low-rank adapter (arXiv:2106.09685), trained in place of the weights of the model that `model` names. Modules
+    are named as in that model's checkpoint: by their last name (q_proj), the whole one, or a pattern of it."""
+
+    model_config = STRICT
+
+    rank: int = Field(8, ge=1, description="Of every adapter.")
+    alpha: float = Field(16.0, gt=0, description="What an adapter adds is multiplied by alpha / rank.")
+    targets: tuple[str, ...] | Literal["all-linear"] = Field(
+        "all-linear", description="Modules that get an adapter; all-linear: every linear layer but the head."
+    )
+    ranks: dict[str, int] = Field({}, description="Another rank for modules of these names or patterns.")
+    alphas: dict[str, float] = Field({}, description="Another alpha for modules of these names or patterns.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Share of an adapter's inputs that a step leaves out.")
+    variants: tuple[Literal["rslora", "dora"], ...] = Field(
+        (),
+        description="rslora: alpha / sqrt(rank) in place of alpha / rank (arXiv:2312.03732); dora: magnitudes are "
+        "trained apart (arXiv:2402.09353).",
+    )
+    bias: Literal["none", "all", "lora_only"] = Field(
+        "none", description="Biases that are trained too: none, all, or those of modules with an adapter."
+    )
+    b_rate_ratio: float = Field(
+        1.0, gt=0, description="Learning rate of second matrices, relative to all else (LoRA+, arXiv:2402.12354)."
+    )
+    base: Literal["float32", "bfloat16", "int8", "int4", "nf4"] = Field(
+        "float32",
+        description="How the model's own linear weights are kept meanwhile; nf4: QLoRA (arXiv:2305.14314).",
+    )
 
 
 class GuardConfig(BaseModel):
@@ -351,6 +244,53 @@ class GuardConfig(BaseModel):
         description="Steps between one that is computed twice and compared bit for bit; where two results differ, the "
         "device is named and the run goes back to its newest checkpoint. null = never. It holds a second state.",
     )
+
+
+MonitorValue = Literal["norms", "activations", "attention_logits", "experts", "sources"]
+TrackerName = Literal["tensorboard", "wandb", "mlflow"]
+
+
+class MonitorConfig(BaseModel):
+    """What a run says of itself beside its loss, and to whom."""
+
+    model_config = STRICT
+
+    values: tuple[MonitorValue, ...] = Field(
+        (),
+        description="norms of gradients, parameters and updates by module; activations: root mean square and largest "
+        "magnitude by layer; attention_logits: the largest of each head; experts: their load by layer; sources: loss "
+        "by source of the mixture.",
+    )
+    every: int = Field(
+        10, ge=1, description="Steps between those that measure them (sources: every line); others cost nothing."
+    )
+    trackers: tuple[TrackerName, ...] = Field(
+        (), description="Where lines of metrics.jsonl go too; each has an extra of that name (tensorboard: `monitor`)."
+    )
+
+    @property
+    def in_layers(self) -> frozenset[str]:
+        """What layers have to show of their inside."""
+        return frozenset(self.values) & {"activations", "attention_logits"}
+
+    @property
+    def measures(self) -> bool:
+        """Whether some steps measure what others do not."""
+        return bool(set(self.values) - {"sources"})
+
+
+class ProfileConfig(BaseModel):
+    """A window of steps that the profiler watches: a trace in RUN/profile, for Perfetto or XProf."""
+
+    model_config = STRICT
+
+    start: int | None = Field(
+        None,
+        ge=0,
+        description="Steps that this process takes before the window, counted anew after a resume; the first ones "
+        "compile. null = no profile.",
+    )
+    steps: int = Field(3, ge=1, description="Steps in the window.")
 
 
 class WatchdogConfig(BaseModel):

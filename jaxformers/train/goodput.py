@@ -7,14 +7,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
-Purpose = Literal["productive", "compile", "data", "evaluate", "checkpoint", "restart"]
-PURPOSES: tuple[Purpose, ...] = ("productive", "compile", "data", "evaluate", "checkpoint", "restart")
+Purpose = Literal["productive", "compile", "data", "evaluate", "checkpoint", "profile", "restart"]
+PURPOSES: tuple[Purpose, ...] = ("productive", "compile", "data", "evaluate", "checkpoint", "profile", "restart")
 _NAMES = {
     "productive": "taking steps",
     "compile": "compiling",
     "data": "waiting for data",
     "evaluate": "evaluating",
     "checkpoint": "waiting for checkpoints",
+    "profile": "writing profiles",
     "restart": "starting, and repeating steps",
 }
 

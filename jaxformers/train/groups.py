@@ -19,7 +19,7 @@ import optax
 from jaxformers.hub.layout import parts
 from jaxformers.models.config import ModelConfig, longest_stack, plan_stacks
 from jaxformers.models.params import Params, path_name
-from jaxformers.train.config import GroupConfig, OptimizerConfig
+from jaxformers.train.optimizer_config import GroupConfig, OptimizerConfig
 from jaxformers.train.schedules import make_schedule
 
 BELOW_LAYERS = ("embed", "positions", "embed_norm")

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,7 +20,8 @@ from jaxformers.train.checkpoint import Checkpointer
 from jaxformers.train.config import GuardConfig, TrainConfig
 from jaxformers.train.goodput import Goodput, Purpose
 from jaxformers.train.monitor import Display, Trackers
-from jaxformers.train.recheck import step_twice
+from jaxformers.train.profile import Profiler
+from jaxformers.train.recheck import Step, step_twice
 from jaxformers.train.requests import Requests, catch_signals
 from jaxformers.train.retention import MEASURED, numbers_of
 from jaxformers.train.state import TrainState
@@ -31,29 +33,39 @@ from jaxformers.train.watchdog import Watchdog
 class Program:
     """What a run computes.
 
-    `step(state, batch)` -> (state, metrics); `evaluate(params, batch)` -> (nll sum, weight sum); `to_plain(state)`
-    -> the form that checkpoints hold; `tokens_after(step)` counts the positions that the first `step` steps read.
-    flops_per_token and peak_flops (of all devices) give MFU; None = unknown.
+    `step(state, batch)` -> (state, metrics); every `measure_every` steps `measured_step`, if given, takes its place and
+    measures more; `name(metrics)` gives them as a line of metrics has them. `evaluate(params, batch)` -> (nll sum,
+    weight sum); `to_plain(state)` -> the form that checkpoints hold; `tokens_after(step)` counts the positions that the
+    first `step` steps read. flops_per_token and peak_flops (of all devices) give MFU; None = unknown.
     """
 
-    step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
+    step: Step
     evaluate: Callable[[Any, Any], tuple[jax.Array, jax.Array]]
     to_plain: Callable[[TrainState], TrainState]
     tokens_after: Callable[[int], int]
     flops_per_token: float
     peak_flops: float | None
+    name: Callable[[dict[str, Any]], dict[str, Any]]
+    measured_step: Step | None = None
+    measure_every: int = 1
+
+    def step_at(self, step: int) -> Step:
+        """What computes this step, counted from 1."""
+        measures = self.measured_step is not None and step % self.measure_every == 0
+        return self.measured_step if measures else self.step
 
 
 @dataclass
 class Result:
     """How a run ended. `state` is in the form that checkpoints hold; `stopped` names what ended it early: a signal, or
-    the time limit."""
+    the time limit; `frozen` is what the run held beside what it trained."""
 
     state: TrainState
     step: int
     metrics: dict[str, Any] = field(default_factory=dict)
     validation: dict[str, float] = field(default_factory=dict)
     stopped: str | None = None
+    frozen: Any = None
 
 
 @dataclass(frozen=True)
@@ -86,10 +98,12 @@ def train(
     supervision: Supervision,
     trackers: Trackers,
     display: Display,
+    profile: Callable[[Callable[[], AbstractContextManager[None]]], Profiler],
 ) -> Result:
     """Takes steps until `config.steps`, a request to stop, or the end of the data; saves the last state either way.
 
-    `validation` are batches by the name of their source. `place` puts a host batch on the mesh. On SIGTERM or SIGINT,
+    `validation` are batches by the name of their source. `profile` makes what traces steps, given a block in which no
+    step's time passes. `place` puts a host batch on the mesh. On SIGTERM or SIGINT,
     and before a time limit, the step in progress is finished and saved; on SIGUSR1 the run saves and goes on.
     CheckpointError if a save fails; Diverged where guards end the run.
     """
@@ -98,6 +112,11 @@ def train(
     goodput, requests = supervision.goodput, supervision.requests
     reporter = Reporter(program, config.steps, place, trackers, display, goodput)
     watch = Watch(supervision.guard, state.guard, display.say)
+
+    @contextmanager
+    def compiling() -> Iterator[None]:
+        with supervision.watchdog.at_ease(), goodput.on("compile"):
+            yield
 
     @contextmanager
     def pause(purpose: Purpose) -> Iterator[None]:
@@ -124,8 +143,10 @@ def train(
         requests.settle(asks=asks, reserve=2 * checkpointer.longest_save_seconds)
         return requests
 
+    profiler = profile(partial(pause, "profile"))
     goodput.turn_to("compile")
-    with catch_signals(requests), supervision.watchdog:
+    known: set[Step] = set()  # those compiled
+    with catch_signals(requests), supervision.watchdog, profiler.running():
         while step < config.steps and asked().stop is None:
             try:
                 with goodput.on("data"):
@@ -133,9 +154,13 @@ def train(
             except StopIteration:
                 display.say(f"the data ends at step {step}")
                 break
-            every = supervision.guard.recheck_every
+            every, compute = supervision.guard.recheck_every, program.step_at(step + 1)
+            profiler.before(step + 1)
+            compiles = nullcontext() if not known or compute in known else compiling()
+            known.add(compute)
             if every is not None and (step + 1) % every == 0:
-                state, metrics, found = step_twice(program.step, state, batch)
+                with compiles:
+                    state, metrics, found = step_twice(compute, state, batch)
                 if agree(bool(found)):
                     with pause("restart"):
                         state = _replayed(step + 1, found, supervision.replay, watch, display)
@@ -143,7 +168,9 @@ def train(
                     reporter.go_on_from(step)
                     continue
             else:
-                state, metrics = program.step(state, batch)
+                with compiles, profiler.named(step + 1):
+                    state, metrics = compute(state, batch)
+                profiler.after(step + 1, metrics)
             step += 1
             if step == first_step + 1:
                 jax.block_until_ready(metrics)
@@ -160,7 +187,7 @@ def train(
                 state = follow(state)
             if evaluates:
                 with pause("evaluate"):
-                    reporter.validate(step, state.params, validation)
+                    reporter.validate(step, state.model, validation)
             if saves:
                 with pause("checkpoint"):
                     checkpointer.save(program.to_plain(state), batches, said(), place=due)
@@ -168,14 +195,14 @@ def train(
         with pause("evaluate"):
             requests.settle(asks=True, reserve=0.0)
             if requests.stop is None:
-                validation_metrics = reporter.validate(step, state.params, validation)
+                validation_metrics = reporter.validate(step, state.model, validation)
         with pause("checkpoint"):
-            state = program.to_plain(state)
+            frozen, state = state.frozen, program.to_plain(state)
             checkpointer.save(state, batches, said())
             checkpointer.wait()
     trackers.log(step, goodput.measured())
     display.say(f"time: {goodput}")
-    return Result(state, step, reporter.metrics, validation_metrics, requests.stop)
+    return Result(state, step, reporter.metrics, validation_metrics, requests.stop, frozen)
 
 
 def _gone_back(
@@ -279,7 +306,7 @@ class Reporter:
         self._last, self._last_step = now, step
         peak = self._program.peak_flops
         return {
-            **{name: value.item() if value.ndim == 0 else value.tolist() for name, value in values.items()},
+            **self._program.name(values),
             "tokens": tokens,
             "tokens_per_second": rate,
             "step_seconds": seconds,

@@ -12,6 +12,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from jaxformers.models.adapters import combine, partition
 from jaxformers.models.config import LayerKind, ModelConfig, longest_stack, plan_stacks
 from jaxformers.models.decoder import (
     embed,
@@ -23,6 +24,7 @@ from jaxformers.models.decoder import (
     unembed,
 )
 from jaxformers.models.mtp import run_modules
+from jaxformers.models.observe import Seen
 from jaxformers.models.params import Params
 from jaxformers.models.routing import MoEStats, concat_layers, each_layer
 from jaxformers.models.runtime import Runtime
@@ -51,7 +53,9 @@ class Sums:
     """Sums over a batch's targets: negative log-likelihood in nats, logsumexp^2, hits of the likeliest token,
     weights; and over its tokens and sparse layers: the experts' losses, visits that were dropped, and load [sparse
     layers, E] (None without experts). mtp is the loss of multi-token prediction, a sum over microbatches alone (None
-    where there is none)."""
+    where there is none). Where a batch has `sources` [B, S], a one for each row's, source_nll and source_weight [S] are
+    nll and weight by source. seen is what layers showed of their inside, leaves [layers, ...] (None where nothing was
+    asked for)."""
 
     nll: jax.Array
     z: jax.Array
@@ -62,10 +66,14 @@ class Sums:
     dropped: jax.Array | None = None
     load: jax.Array | None = None
     mtp: jax.Array | None = None
+    source_nll: jax.Array | None = None
+    source_weight: jax.Array | None = None
+    seen: Seen | None = None
 
 
-def token_sums(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> Sums:
-    """Sums over logits float32 [..., V], targets int32 [...] and weights float32 [...]."""
+def token_sums(logits: jax.Array, targets: jax.Array, weights: jax.Array, *, sources: jax.Array | None = None) -> Sums:
+    """Sums over logits float32 [..., V], targets int32 [...] and weights float32 [...]; also by source where `sources`
+    float32 [B, S] are given, and the first dim of the others is B."""
     lse = jax.nn.logsumexp(logits, axis=-1)
     if jax.sharding.get_abstract_mesh().manual_axes:
         # Inside a pipeline XLA's partitioner fails on taking from a split vocabulary; elsewhere taking is faster.
@@ -73,9 +81,15 @@ def token_sums(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> Sum
     else:
         chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     correct = (logits.argmax(axis=-1) == targets).astype(jnp.float32)
-    return Sums(
-        ((lse - chosen) * weights).sum(), (jnp.square(lse) * weights).sum(), (correct * weights).sum(), weights.sum()
-    )
+    nll = (lse - chosen) * weights
+    sums = Sums(nll.sum(), (jnp.square(lse) * weights).sum(), (correct * weights).sum(), weights.sum())
+    if sources is None:
+        return sums
+
+    def by_source(a: jax.Array) -> jax.Array:
+        return (sources * a.reshape(a.shape[0], -1).sum(axis=1, keepdims=True)).sum(axis=0)
+
+    return sums.replace(source_nll=by_source(nll), source_weight=by_source(weights))
 
 
 def lm_loss(
@@ -109,7 +123,7 @@ def lm_loss(
     if stats is not None:
         balance, router_z = expert_losses(stats, Totals.of(batch).tokens, config)
         loss += (config.balance_loss * balance + config.router_z_loss * router_z) / totals.tokens
-    return loss, _with_experts(sums, stats, batch, config)
+    return loss, _with_experts(sums, stats, batch, config).replace(seen=hidden.seen)
 
 
 def _looks_ahead(batch: Batch) -> bool:
@@ -173,15 +187,18 @@ def _pipelined_loss(
     k = longest_stack(stacks)
     ctx = make_context(cfg, runtime, batch["positions"], batch["segment_ids"])
     x = embed(params, cfg, batch["tokens"], batch["positions"], runtime)
-    x, before = run_stacks(params["layers"][:k], x, ctx, cfg, runtime)
+    x, stats = run_stacks(params["layers"][:k], x, ctx, cfg, runtime)
+    before = stats.moe
     run = make_stage(cfg, runtime, stacks[k])
 
     def stage(layers: Any, x: jax.Array, rows: Batch, active: jax.Array | None) -> tuple[jax.Array, MoEStats | None]:
-        return run(layers, x, (rows["positions"], rows["segment_ids"]), active)
+        x, stats = run(layers, x, (rows["positions"], rows["segment_ids"]), active)
+        return x, stats.moe
 
     def last(tail: Params, x: jax.Array, rows: Batch) -> tuple[jax.Array, MoEStats | None, Sums]:
         ctx = make_context(cfg, runtime, rows["positions"], rows["segment_ids"])
-        x, stats = run_stacks(tail["layers"], x, ctx, cfg, runtime, first=k + 1)
+        x, behind = run_stacks(tail["layers"], x, ctx, cfg, runtime, first=k + 1)
+        stats = behind.moe
         head = {name: tail[name] for name in HEAD if name in tail}
         loss, sums = head_loss(head, x, rows, cfg, runtime, z_weight=config.z_loss, chunk=chunk)
         if not ahead:
@@ -253,7 +270,7 @@ def head_loss(
     """
 
     def part(head: Params, x: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, Sums]:
-        sums = token_sums(unembed(head, cfg, x, runtime), targets, weights)
+        sums = token_sums(unembed(head, cfg, x, runtime), targets, weights, sources=batch.get("sources"))
         return sums.nll + z_weight * sums.z, sums
 
     x = runtime.shard(x, "batch", "seq", None)  # whole in time over tp, which splits the vocabulary here
@@ -283,15 +300,21 @@ def _chunked(
         values = jax.lax.map(lambda piece: part(head, *piece), pieces)
         return jax.tree.map(lambda a: a.sum(axis=0), values)
 
-    def forward(head: Params, x: jax.Array) -> tuple[tuple[jax.Array, Sums], tuple[Params, jax.Array]]:
+    def forward(head: Params, x: Any) -> tuple[tuple[jax.Array, Sums], tuple[Params, jax.Array]]:
+        # What of the head is not trained needs no gradient.
+        whole, x = jax.tree.map(lambda leaf: leaf.value, head), x.value
+        head, still = partition(whole, jax.tree.map(lambda leaf: leaf.perturbed, head))
+
         def step(carry: Any, piece: Any) -> tuple[Any, jax.Array]:
             x, targets, weights = piece
-            value, pull, sums = jax.vjp(lambda h, x: part(h, x, targets, weights), head, x, has_aux=True)
+            value, pull, sums = jax.vjp(
+                lambda h, x: part(combine(h, still), x, targets, weights), head, x, has_aux=True
+            )
             d_head, d_x = pull(jnp.ones((), value.dtype))
             return add(carry, ((value, sums), d_head)), d_x
 
         zeros = jax.tree.map(
-            lambda s: jnp.zeros(s.shape, s.dtype), (jax.eval_shape(total, head, x), jax.eval_shape(lambda h: h, head))
+            lambda s: jnp.zeros(s.shape, s.dtype), (jax.eval_shape(total, whole, x), jax.eval_shape(lambda h: h, head))
         )
         (values, d_head), d_x = jax.lax.scan(step, zeros, (split(x), split(targets), split(weights)))
         return values, (d_head, join(d_x))
@@ -300,5 +323,5 @@ def _chunked(
         scale = cotangent[0]
         return jax.tree.map(lambda g: (g.astype(jnp.float32) * scale).astype(g.dtype), gradients)
 
-    total.defvjp(forward, backward)
+    total.defvjp(forward, backward, symbolic_zeros=True)
     return total(head, x)

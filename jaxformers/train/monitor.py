@@ -1,4 +1,4 @@
-"""What a run says about itself: metrics.jsonl, other trackers, and the terminal."""
+"""What a run says about itself: metrics.jsonl, all who listen to its lines, and the terminal."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 log = logging.getLogger(__name__)
 METRICS_FILE = "metrics.jsonl"
+ABOUT_FILE = "about.json"  # the model, its size, the mesh, what it all runs on
+SAMPLES_FILE = "samples.json"  # how a finished run continues its sample prompts
 Metrics = Mapping[str, Any]
 
 
@@ -80,25 +82,6 @@ def _step_seconds(line: str) -> float:
 def _plain(value: Any) -> Any:
     """A number JSON has: it lacks NaN and infinities, which become null."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-class TensorBoard:
-    """Scalars for TensorBoard under RUN/tensorboard (extra `monitor`)."""
-
-    def __init__(self, run_dir: Path):
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError:
-            raise ValueError("train.tensorboard needs tensorboardX: pip install 'jaxformers[monitor]'") from None
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"))
-
-    def log(self, step: int, metrics: Metrics) -> None:
-        for name, value in metrics.items():
-            if isinstance(value, (int, float)):
-                self._writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        self._writer.close()
 
 
 class Trackers:

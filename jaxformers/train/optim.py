@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,10 +12,10 @@ import optax
 from jaxformers.models.config import ModelConfig
 from jaxformers.models.params import Params
 from jaxformers.train.adafactor import scale_by_factored_moment
-from jaxformers.train.config import OptimizerConfig
 from jaxformers.train.eight_bit import in_eight_bits
 from jaxformers.train.groups import Share, leaf_settings
 from jaxformers.train.muon import muon_with_adam
+from jaxformers.train.optimizer_config import OptimizerConfig
 
 
 def decay_mask(spec: Params) -> Params:
@@ -95,3 +97,17 @@ def _descend(rates: Params) -> optax.GradientTransformation:
 def clip_scale(norm: jax.Array, limit: float | None) -> jax.Array | float:
     """The factor that brings a gradient of this global norm to at most `limit`."""
     return 1.0 if limit is None else jnp.minimum(1.0, limit / (norm + 1e-12))
+
+
+def scale_updates(factors: Params) -> optax.GradientTransformation:
+    """Multiplies updates by a tree of factors like them, each for a leaf's leading dims or all of it."""
+
+    def update(updates: Params, state: optax.EmptyState, _params: Params | None = None) -> tuple[Params, Any]:
+        return jax.tree.map(scaled, updates, factors), state
+
+    return optax.GradientTransformation(lambda _params: optax.EmptyState(), update)
+
+
+def scaled(leaf: jax.Array, factor: np.ndarray) -> jax.Array:
+    """A leaf times factors for its leading dims."""
+    return leaf * factor.reshape(*factor.shape, *(1,) * (leaf.ndim - factor.ndim))

@@ -7,7 +7,7 @@ import itertools
 import jax.numpy as jnp
 import optax
 
-from jaxformers.train.config import ScheduleConfig
+from jaxformers.train.optimizer_config import ScheduleConfig
 
 
 def make_schedule(config: ScheduleConfig, *, peak: float, steps: int) -> optax.Schedule:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
+from jaxformers.models.adapters import combine
 from jaxformers.models.params import Params
 from jaxformers.parallel.mesh import RULES, SPLIT_REPLICAS, param_shardings, replicated
 from jaxformers.train.config import GuardConfig
@@ -20,7 +21,11 @@ from jaxformers.train.moments import map_moments, moment_sharding
 
 @flax.struct.dataclass
 class TrainState:
-    """step int32 counts the batches seen; key is raw PRNG key data; ema is None unless the run keeps an average."""
+    """step int32 counts the batches seen; key is raw PRNG key data; ema is None unless the run keeps an average.
+
+    params are those that are trained; frozen are the others, None where there are none. Each has None in place of what
+    the other holds.
+    """
 
     step: jax.Array
     params: Params
@@ -28,15 +33,27 @@ class TrainState:
     key: jax.Array
     guard: Guard
     ema: Params | None = None
+    frozen: Params | None = None
+
+    @property
+    def model(self) -> Params:
+        """All parameters as one tree, from no copies."""
+        return self.params if self.frozen is None else combine(self.params, self.frozen)
 
 
 def new_state(
-    params: Params, tx: optax.GradientTransformation, key: jax.Array, *, guard: GuardConfig, ema: bool
+    params: Params,
+    tx: optax.GradientTransformation,
+    key: jax.Array,
+    *,
+    guard: GuardConfig,
+    ema: bool,
+    frozen: Params | None = None,
 ) -> TrainState:
     """The state before the first update."""
     average = jax.tree.map(jnp.copy, params) if ema else None
     step, key = jnp.zeros((), jnp.int32), jax.random.key_data(key)
-    return TrainState(step, params, tx.init(params), key, new_guard(guard), average)
+    return TrainState(step, params, tx.init(params), key, new_guard(guard), average, frozen)
 
 
 def abstract_state(
@@ -48,15 +65,18 @@ def abstract_state(
     ema: bool,
     split_moments: bool = False,
     moments_memory: str | None = None,
+    frozen: Params | None = None,
 ) -> TrainState:
     """The state's shapes, dtypes and shardings, without allocating: what a checkpoint is restored into.
 
-    spec is the tree of `ParamSpec`s that the parameters follow: `model_spec`'s or `block_spec`'s.
+    spec is the tree of `ParamSpec`s that the trained parameters follow, frozen that of the others.
     split_moments: replicas of the parameters share one copy of the moments and the average. moments_memory: the kind of
     memory that these are in, None = the device's.
     """
-    params = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, jnp.float32), spec)
-    shapes = jax.eval_shape(lambda p: new_state(p, tx, jax.random.key(0), guard=guard, ema=ema), params)
+    params, others = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), (spec, frozen))
+    shapes = jax.eval_shape(
+        lambda p, f: new_state(p, tx, jax.random.key(0), guard=guard, ema=ema, frozen=f), params, others
+    )
     placed, whole = param_shardings(spec, mesh), replicated(mesh)
     rules = SPLIT_REPLICAS if split_moments else RULES
 
@@ -70,7 +90,8 @@ def abstract_state(
         spec,
     )
     remembered = jax.tree.map(lambda _: whole, shapes.guard)
-    places = TrainState(whole, placed, moments, whole, remembered, shared if ema else None)
+    still = None if frozen is None else param_shardings(frozen, mesh)
+    places = TrainState(whole, placed, moments, whole, remembered, shared if ema else None, still)
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, places)
 
 

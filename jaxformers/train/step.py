@@ -5,13 +5,14 @@ B batch, A microbatches, T time
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from jaxformers.models.observe import Seen
 from jaxformers.models.params import Params
 from jaxformers.train.config import GuardConfig
 from jaxformers.train.guard import guarded
@@ -21,6 +22,7 @@ from jaxformers.train.state import TrainState
 
 Metrics = dict[str, jax.Array]
 Loss = Callable[[Params, Batch, Totals], tuple[jax.Array, Sums]]
+Measure = Callable[[Sums, Totals, Mapping[str, Params]], Metrics]
 
 
 def split_microbatches(batch: Batch, count: int) -> dict[str, jax.Array]:
@@ -48,16 +50,21 @@ def value_and_gradient(
         (value, sums), grads = gradient(params, batch, totals)
         return value, sums, grads
 
-    def add(carry: Any, microbatch: Batch) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, carry, gradient(params, microbatch, totals)), None
+    def part(microbatch: Batch) -> tuple[Any, Seen | None]:
+        (value, sums), grads = gradient(params, microbatch, totals)
+        return ((value, sums.replace(seen=None)), grads), sums.seen  # which does not add up
 
-    microbatches = split_microbatches(batch, accumulation)
+    def add(carry: Any, microbatch: Batch) -> tuple[Any, Seen | None]:
+        new, seen = part(microbatch)
+        return jax.tree.map(jnp.add, carry, new), seen
+
+    microbatches = split_microbatches(batch, accumulation) | {"microbatch": jnp.arange(accumulation, dtype=jnp.int32)}
     first = {name: a[0] for name, a in microbatches.items()}
-    shapes = jax.eval_shape(gradient, params, first, totals)
+    shapes, _ = jax.eval_shape(part, first)
     (values, grads) = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     zeros = values, place_gradient(grads)
-    ((value, sums), grads), _ = jax.lax.scan(add, zeros, microbatches)
-    return value, sums, grads
+    ((value, sums), grads), seen = jax.lax.scan(add, zeros, microbatches)
+    return value, sums.replace(seen=None if seen is None else seen.over_microbatches()), grads
 
 
 def make_train_step(
@@ -70,9 +77,12 @@ def make_train_step(
     clip_norm: float | None = None,
     average: Callable[[Params, Params, jax.Array], Params] | None = None,
     balance: Callable[[Params, jax.Array], Params] | None = None,
+    clip_logits: Callable[[Params, jax.Array], Params] | None = None,
     place_gradient: Callable[[Params], Params] = lambda grads: grads,
     extend: Callable[[Batch], Batch] = lambda batch: batch,
     fetch: Callable[[TrainState], TrainState] = lambda state: state,
+    complete: Callable[[Params, TrainState, jax.Array], Params] = lambda params, _state, _microbatch: params,
+    measure: Measure | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The function (state, batch) -> (state after one update, metrics as scalars: counts int32, all others float32).
 
@@ -80,17 +90,27 @@ def make_train_step(
     norm before clipping to `clip_norm`.
     average(average, parameters, updates made) is the average after an update.
     balance(parameters, load [sparse layers, E]) moves, after the optimizer, what it does not: experts' biases.
+    clip_logits(parameters, largest attention logits [layers, H]) scales down, then, what makes those too large.
     place_gradient pins a microbatch's gradient to its place on the mesh. extend gives the batch what the loss needs
     beside it, before it is split. fetch brings what of a state is elsewhere to the devices, for the update.
+    complete(parameters, state, microbatch) is the model that the loss sees of the trained parameters in the microbatch
+    of that number. measure adds metrics of its own, from the gradient before clipping, the proposed update, and the
+    parameters before it.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         batch = extend(batch)
+
+        def of_trained(params: Params, batch: Batch, totals: Totals) -> tuple[jax.Array, Sums]:
+            number = batch.get("microbatch", jnp.zeros((), jnp.int32))
+            rows = {name: a for name, a in batch.items() if name != "microbatch"}
+            return loss(complete(params, state, number), rows, totals)
+
         value, sums, grads = value_and_gradient(
-            loss, state.params, batch, accumulation=accumulation, place_gradient=place_gradient
+            of_trained, state.params, batch, accumulation=accumulation, place_gradient=place_gradient
         )
         state = fetch(state)
-        norm = optax.tree.norm(grads)
+        norm, raw = optax.tree.norm(grads), grads
         scale = clip_scale(norm, clip_norm)
         grads = jax.tree.map(lambda g: g * scale, grads)
         with jax.numpy_dtype_promotion("standard"):  # optax multiplies floats by its integer step
@@ -99,10 +119,17 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         if balance is not None:
             params = balance(params, sums.load)
+        if clip_logits is not None:
+            params = clip_logits(params, sums.seen.logits)
         ema = state.ema
         if ema is not None and average is not None:
             ema = average(ema, params, state.step + 1 - state.guard.skipped)
         metrics = {"objective": value, "grad_norm": norm, "lr": rate, **mean_metrics(sums, Totals.of(batch))}
+        if clip_logits is not None:
+            metrics["max_attention_logit"] = sums.seen.logits.max()
+        if measure is not None:
+            trees = {"grad": raw, "update": updates, "param": state.params}
+            metrics |= measure(sums, Totals.of(batch), trees)
         before, after = (state.params, state.opt_state, state.ema), (params, opt_state, ema)
         (params, opt_state, ema), kept, guarding = guarded(
             state.guard, guard, loss=metrics["loss"], norm=norm, before=before, after=after
@@ -118,6 +145,9 @@ def mean_metrics(sums: Sums, totals: Totals) -> Metrics:
     metrics = {"loss": sums.nll / totals.weight, "accuracy": sums.correct / totals.weight, "targets": sums.weight}
     if sums.mtp is not None:
         metrics["mtp_loss"] = sums.mtp
+    if sums.source_nll is not None:
+        # Not a number where the batch had no target of a source.
+        metrics["loss_by_source"] = sums.source_nll / sums.source_weight
     if sums.load is not None:
         # The busiest expert's load relative to an even one, in the worst layer: 1 is perfect balance.
         metrics["expert_load_max"] = (sums.load.max(axis=-1) / jnp.maximum(sums.load.mean(axis=-1), 1e-9)).max()

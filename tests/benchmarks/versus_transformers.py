@@ -44,7 +44,8 @@ def ours_train(dtype: str, remat: str, chunk: str) -> Callable[[], None]:
     from jaxformers.families import read_config
     from jaxformers.parallel.mesh import single_device_mesh
     from jaxformers.train.build import Trainer
-    from jaxformers.train.config import LossConfig, RuntimeConfig, ScheduleConfig, TrainConfig
+    from jaxformers.train.config import LossConfig, RuntimeConfig, TrainConfig
+    from jaxformers.train.optimizer_config import ScheduleConfig
 
     trainer = Trainer(
         read_config(SHAPE),

@@ -139,7 +139,7 @@ def test_sentinels_of_usual_names_are_found(names):
 
 def test_sentinels_may_be_named():
     tokenizer = byte_tokenizer(["<a>", "<b>", "<c>"])
-    found = make_fim(FimConfig(rate=1, prefix="<b>", middle="<c>", suffix="<a>"), tokenizer, seed=0)
+    found = make_fim(FimConfig(rate=1, sentinels=("<b>", "<c>", "<a>")), tokenizer, seed=0)
     assert [tokenizer.token(i) for i in (found.prefix, found.middle, found.suffix)] == ["<b>", "<c>", "<a>"]
 
 
@@ -150,8 +150,11 @@ def test_a_rate_of_0_asks_for_nothing_of_the_tokenizer():
 @pytest.mark.parametrize(
     "config, said",
     [
-        ({}, "fim.rate is 0.5, but the tokenizer has no fill-in-the-middle tokens of a usual name: set fim.prefix, "),
-        ({"prefix": "<a>", "middle": "<x>", "suffix": "<a>"}, "fim names '<x>', which is no token; the tokenizer's "),
+        (
+            {},
+            "fim.rate is 0.5, but the tokenizer has no fill-in-the-middle tokens of a usual name: set fim.",
+        ),
+        ({"sentinels": ("<a>", "<x>", "<a>")}, "fim names '<x>', which is no token; the tokenizer's "),
     ],
 )
 def test_a_tokenizer_without_the_sentinels_is_refused_in_one_line(config, said):

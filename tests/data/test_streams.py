@@ -255,7 +255,6 @@ def test_one_tokenizer_is_trained_on_all_sources(folder):
         ({}, {"when_exhausted": "drop"}, "when_exhausted is drop, but no source has epochs, so none ever ends"),
         ({"a": {"validation_fraction": 0.7, "test_fraction": 0.3}}, {}, "0.7 and test_fraction 0.3 leave nothing to"),
         ({}, {"attend_across_documents": True}, "attend_across_documents needs reset_positions=false"),
-        ({"b": {"fim": {"rate": 1, "prefix": "<a>"}}}, {}, "fim names a sentinel for prefix only; name prefix, middle"),
     ],
 )
 def test_what_cannot_be_mixed_is_refused(sources, changed, said, folder):
@@ -271,11 +270,11 @@ def test_an_error_of_a_source_names_it(folder, tokenizer):
 
 
 def test_a_source_takes_the_shared_keys_that_it_does_not_set(folder):
-    fim = {"rate": 0.5, "prefix": "<a>", "middle": "<b>", "suffix": "<c>"}
+    fim = {"rate": 0.5, "sentinels": ["<a>", "<b>", "<c>"]}
     config = mixture(folder, sources={"b": {"epochs": 2, "fim": {"rate": 0.1}}}, epochs=5, test_fraction=0.1, fim=fim)
     a, b = config.sources["a"], config.sources["b"]
     assert (a.epochs, a.test_fraction, a.fim.rate) == (5, 0.1, 0.5)
-    assert (b.epochs, b.test_fraction, b.fim.rate, b.fim.prefix) == (2, 0.1, 0.1, "<a>")
+    assert (b.epochs, b.test_fraction, b.fim.rate, b.fim.sentinels) == (2, 0.1, 0.1, ("<a>", "<b>", "<c>"))
     assert DataConfig(**config.model_dump(mode="json")) == config
 
 

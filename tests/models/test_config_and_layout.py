@@ -13,8 +13,8 @@ from jaxformers.families import read_config
 from jaxformers.models.cache import init_cache
 from jaxformers.models.config import LayerKind, plan_stacks
 from jaxformers.models.decoder import forward, hidden_states
-from jaxformers.models.layout import block_spec, prepare, stack, unstack
-from jaxformers.models.params import abstract_params, init_params
+from jaxformers.models.layout import prepare, stack, unstack, unstack_spec
+from jaxformers.models.params import abstract_params, init_params, model_spec
 from jaxformers.models.runtime import KEPT, Runtime
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -97,7 +97,9 @@ def test_stacking_undoes_unstacking_and_specs_follow():
     cfg, params = tiny_model()
     blocks = unstack(params, cfg)
     jax.tree.map(np.testing.assert_array_equal, stack(blocks, cfg), params)
-    assert jax.tree.map(lambda spec: spec.shape, block_spec(cfg)) == jax.tree.map(lambda a: a.shape, blocks)
+    assert jax.tree.map(lambda spec: spec.shape, unstack_spec(model_spec(cfg), cfg)) == jax.tree.map(
+        lambda a: a.shape, blocks
+    )
 
 
 def test_prepared_parameters_have_the_dtype_asked_for():

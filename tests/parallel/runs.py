@@ -18,7 +18,8 @@ from tiny import LLAMA, packed_batch, random_params, relative_error
 from jaxformers.families import read_config
 from jaxformers.parallel.mesh import MeshConfig, batch_sharding, make_mesh
 from jaxformers.train.build import Trainer
-from jaxformers.train.config import LossConfig, OptimizerConfig, RuntimeConfig, ScheduleConfig, TrainConfig
+from jaxformers.train.config import LossConfig, RuntimeConfig, TrainConfig
+from jaxformers.train.optimizer_config import OptimizerConfig, ScheduleConfig
 from jaxformers.train.state import state_shardings
 
 TOLERANCE = 1e-5

@@ -17,8 +17,9 @@ from jaxformers.models.layout import block_spec, stack, unstack
 from jaxformers.models.params import model_spec
 from jaxformers.parallel.mesh import MeshConfig, make_mesh
 from jaxformers.train.checkpoint import Checkpointer
-from jaxformers.train.config import GroupConfig, GuardConfig, OptimizerConfig, ScheduleConfig
+from jaxformers.train.config import GuardConfig
 from jaxformers.train.optim import make_optimizer
+from jaxformers.train.optimizer_config import GroupConfig, OptimizerConfig, ScheduleConfig
 from jaxformers.train.state import abstract_state, map_params, new_state, state_shardings
 
 CFG, STEPS = read_config(MODELS["moe"]), 3

@@ -135,7 +135,7 @@ def test_time_is_accounted_for(clean, capsys):
     *_, last = metrics_of(config)
     spent = {name: seconds for name, seconds in last.items() if name.startswith("seconds/")}
     assert set(spent) == {
-        f"seconds/{p}" for p in ("productive", "compile", "data", "evaluate", "checkpoint", "restart")
+        f"seconds/{p}" for p in ("productive", "compile", "data", "evaluate", "checkpoint", "profile", "restart")
     }
     assert all(spent[f"seconds/{purpose}"] > 0 for purpose in ("productive", "compile", "evaluate", "checkpoint"))
     assert last["goodput"] == pytest.approx(spent["seconds/productive"] / sum(spent.values()))

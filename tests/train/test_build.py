@@ -11,9 +11,11 @@ from tiny import LLAMA, assert_bit_equal, packed_batch, random_params
 
 from jaxformers.families import read_config
 from jaxformers.parallel.mesh import MeshConfig, batch_sharding, make_mesh
-from jaxformers.train.build import Trainer, make_runtime
-from jaxformers.train.config import LossConfig, RuntimeConfig, ScheduleConfig, TrainConfig
+from jaxformers.train.build import Trainer
+from jaxformers.train.config import LossConfig, RuntimeConfig, TrainConfig
 from jaxformers.train.losses import Totals, lm_loss
+from jaxformers.train.optimizer_config import ScheduleConfig
+from jaxformers.train.runtimes import make_runtime
 from jaxformers.train.state import state_shardings
 
 # A pattern of two kinds of layers, twice, so that layouts have something to mix up.

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from jaxformers.models.params import ParamSpec, linear_spec
-from jaxformers.train.config import OptimizerConfig
 from jaxformers.train.eight_bit import Blocks, block_length, decode, encode, is_coded
 from jaxformers.train.optim import make_optimizer
+from jaxformers.train.optimizer_config import OptimizerConfig
 
 
 def heavy_tailed(shape, seed=0):

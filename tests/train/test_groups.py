@@ -10,8 +10,8 @@ from tiny import LLAMA
 from jaxformers.families import read_config
 from jaxformers.models.layout import block_spec, unstack
 from jaxformers.models.params import model_spec
-from jaxformers.train.config import GroupConfig, OptimizerConfig, ScheduleConfig
 from jaxformers.train.optim import decay_mask, make_optimizer
+from jaxformers.train.optimizer_config import GroupConfig, OptimizerConfig, ScheduleConfig
 
 LR, STEPS = 0.5, 10
 # A pattern of two kinds of layers, twice, then nothing else: rows of one array are layers 0 and 2, or 1 and 3.

@@ -2,13 +2,12 @@
 
 import io
 import json
-import sys
 
 import numpy as np
 import pytest
 from rich.console import Console
 
-from jaxformers.train.monitor import Display, MetricsFile, TensorBoard, Trackers, describe
+from jaxformers.train.monitor import Display, MetricsFile, Trackers, describe
 
 
 def lines(path) -> list[str]:
@@ -127,29 +126,6 @@ def test_a_tracker_that_cannot_close_does_not_keep_the_others_from_it(caplog):
     recorder = Recorder()
     Trackers([BadEnd(), recorder]).close()
     assert recorder.closed
-
-
-def test_tensorboard_reads_what_was_logged(tmp_path):
-    board = TensorBoard(tmp_path)
-    for step in (1, 2, 3):
-        board.log(step, {"loss": 2.0 / step, "mfu": None, "name": "x"})
-    board.close()
-    (path,) = (tmp_path / "tensorboard").iterdir()
-    from tensorboardX.proto.event_pb2 import Event
-
-    content, found = path.read_bytes(), []
-    while content:  # TFRecord: length, checksum of it, data, checksum of that
-        length = int.from_bytes(content[:8], "little")
-        event = Event.FromString(content[12 : 12 + length])
-        found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
-        content = content[16 + length :]
-    assert found == [(step, "loss", pytest.approx(2.0 / step)) for step in (1, 2, 3)]
-
-
-def test_tensorboard_without_its_extra_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    with pytest.raises(ValueError, match=r"train.tensorboard needs tensorboardX: pip install 'jaxformers\[monitor\]'"):
-        TensorBoard(tmp_path)
 
 
 METRICS = {"loss": 2.34567, "tokens_per_second": 12345.6, "mfu": 0.4321}

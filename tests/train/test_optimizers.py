@@ -10,9 +10,10 @@ from pydantic import ValidationError
 from tiny import assert_bit_equal, relative_error
 
 from jaxformers.models.params import ParamSpec, linear_spec
-from jaxformers.train.config import GuardConfig, OptimizerConfig
+from jaxformers.train.config import GuardConfig
 from jaxformers.train.guard import guarded, new_guard
 from jaxformers.train.optim import decay_mask, make_optimizer
+from jaxformers.train.optimizer_config import OptimizerConfig
 
 LR, DECAY = 0.5, 0.3
 RATES = (LR, LR / 2, LR / 4)

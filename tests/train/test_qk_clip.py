@@ -5,10 +5,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import LLAMA, assert_bit_equal, random_params, relative_error
+from tiny import LLAMA, assert_bit_equal, packed_batch, random_params, relative_error
 
+from jaxformers.data.pipeline import to_global
 from jaxformers.families import read_config
 from jaxformers.models.layout import stack, unstack
+from jaxformers.models.params import model_spec
+from jaxformers.parallel.mesh import MeshConfig, batch_sharding, make_mesh, param_shardings
+from jaxformers.train.build import Trainer
+from jaxformers.train.config import MonitorConfig, TrainConfig
+from jaxformers.train.optimizer_config import OptimizerConfig, ScheduleConfig
 from jaxformers.train.qk_clip import qk_clip
 
 THRESHOLD = 30.0
@@ -108,3 +114,63 @@ def test_a_model_that_normalises_its_queries_is_refused():
     cfg = read_config(LLAMA | HEADS | {"model_type": "qwen3"})
     with pytest.raises(ValueError, match=r"do not bound the logits of qwen3, as it normalises both \(qk_norm=head\)"):
         qk_clip(random_params(cfg), jnp.ones((3, 4)), THRESHOLD, cfg)
+
+
+# -- in a step
+
+CFG = read_config(LLAMA | {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 8})
+LIMIT, ROWS, LENGTH = 3.0, 8, 16
+
+
+def stepped(axes=None, *, qk_clip=None, accumulation=1, **settings):
+    """The plain parameters after an update, and its metrics."""
+    axes = {"fsdp": 1} | (axes or {})
+    trainer = Trainer(
+        CFG,
+        make_mesh(MeshConfig(**axes), devices=jax.devices()[: int(np.prod(list(axes.values())))]),
+        LENGTH,
+        train=TrainConfig(steps=10, batch_size=ROWS, accumulation=accumulation),
+        optimizer=OptimizerConfig(learning_rate=1e-2, eps=1e-2, qk_clip=qk_clip),
+        schedule=ScheduleConfig(warmup_steps=0),
+        **settings,
+    )
+    trainer.check()
+    with jax.set_mesh(trainer.mesh), jax.default_matmul_precision("highest"):
+        params = jax.device_put(random_params(CFG), param_shardings(model_spec(CFG), trainer.mesh))
+        state = trainer.from_params(params, 0)
+        batch = to_global(packed_batch(ROWS, LENGTH), trainer.mesh, batch_sharding((ROWS, LENGTH), trainer.mesh).spec)
+        program = trainer.program
+        state, metrics = (program.measured_step or program.step)(state, batch)
+        return jax.device_get(trainer.to_plain(state).params), program.name(jax.device_get(metrics))
+
+
+@pytest.fixture(scope="module")
+def clipped():
+    """What an update without a limit gives, scaled by the logits that it saw; and the largest of those."""
+    free, metrics = stepped(monitor=MonitorConfig(values=("attention_logits",), every=1))
+    logits = np.array([metrics[f"max_attention_logit/layers.{i}"] for i in range(CFG.num_layers)], np.float32)
+    assert 0 < (logits > LIMIT).sum() < logits.size
+    return qk_clip(free, jnp.asarray(logits), LIMIT, CFG), logits.max()
+
+
+@pytest.mark.parametrize(
+    "axes, settings", [({}, {}), ({"fsdp": 2, "tp": 2}, {"accumulation": 2})], ids=["one device", "fsdp2 tp2"]
+)
+def test_an_update_ends_with_the_clip_of_what_its_forward_pass_saw(axes, settings, clipped):
+    params, metrics = stepped(axes, qk_clip=LIMIT, **settings)
+    expected, largest = clipped
+    assert metrics["max_attention_logit"] == pytest.approx(largest, rel=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), params, expected)
+
+
+@pytest.mark.parametrize(
+    "axes, settings, said",
+    [
+        ({"pp": 2}, {}, "optimizer.qk_clip=3.0 needs attention logits, which layers in a pipeline do not show (mesh."),
+        ({}, {"frozen": {"embed": np.ones((), bool)}}, "optimizer.qk_clip=3.0 scales weights of attention, which lora"),
+    ],
+)
+def test_a_limit_on_logits_that_are_not_seen_or_not_trained_is_refused(axes, settings, said):
+    with pytest.raises(ValueError) as caught:
+        stepped(axes, qk_clip=LIMIT, **settings)
+    assert str(caught.value).startswith(said)

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxformers.train.config import ScheduleConfig
+from jaxformers.train.optimizer_config import ScheduleConfig
 from jaxformers.train.schedules import make_schedule
 
 PEAK, STEPS, WARMUP = 3e-3, 100, 10

@@ -10,9 +10,10 @@ import pytest
 
 from jaxformers.models.params import ParamSpec
 from jaxformers.train.average import averaged
-from jaxformers.train.config import GuardConfig, OptimizerConfig, TrainConfig
+from jaxformers.train.config import GuardConfig, TrainConfig
 from jaxformers.train.losses import Sums, Totals
 from jaxformers.train.optim import decay_mask, make_optimizer
+from jaxformers.train.optimizer_config import OptimizerConfig
 from jaxformers.train.state import new_state
 from jaxformers.train.step import make_train_step, mean_metrics, split_microbatches
 

@@ -1,0 +1,129 @@
+"""Runs that train an adapter: what moves, what a checkpoint holds, on any mesh; what a user may ask for."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from tiny import LLAMA, assert_bit_equal, random_params, relative_error, run_config
+
+import jaxformers as jf
+from jaxformers.families import read_config
+from jaxformers.hub.peft import read_adapter
+from jaxformers.hub.pretrained import write_pretrained
+from jaxformers.train.checkpoint import Checkpointer
+
+SHAPE = LLAMA | {"hidden_size": 64, "intermediate_size": 96}
+LORA = {"rank": 4, "targets": ["q_proj", "v_proj", "down_proj"], "ranks": {"layers.0.self_attn.q_proj": 2}}
+FSDP2_TP2 = {"mesh": {"dp": 2, "fsdp": 2, "tp": 2}, "runtime": {"layers": "scan", "remat": "dots"}}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    cfg = read_config(SHAPE)
+    write_pretrained(folder, cfg, random_params(cfg))
+    return folder
+
+
+def config(folder, base, **sections):
+    return run_config(folder, model=str(base), **({"lora": LORA, "train": {"steps": 4}} | sections))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, base):
+    """A run over unrolled layers, with dropout, a faster second matrix and a moving average."""
+    folder = tmp_path_factory.mktemp("adapter")
+    lora = LORA | {"dropout": 0.1, "b_rate_ratio": 4.0}
+    values = config(folder, base, lora=lora, train={"steps": 4, "ema_decay": 0.5}, runtime={"layers": "unroll"})
+    values["checkpoint"] = {"every_steps": 2}
+    return values, jf.fit(values)
+
+
+def test_the_base_stays_and_targets_move(finished, base):
+    _, result = finished
+    before = jf.load(base).params
+    moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), before, result.model.params)
+    layer = moved["layers"][0][0]
+    assert layer["attn"] == {"q": True, "k": False, "v": True, "o": False}
+    assert layer["ffn"] == {"gate": False, "up": False, "down": True}
+    assert not any([moved["embed"], moved["lm_head"], moved["final_norm"]["w"], layer["attn_norm"]["w"]])
+
+
+def test_any_layout_and_mesh_trains_the_same_adapter(finished, base, tmp_path):
+    values, result = finished
+    found = jf.fit(values | FSDP2_TP2 | {"run_dir": str(tmp_path / "run")})
+    assert relative_error(found.model.params, result.model.params) < 1e-5
+
+
+def test_a_checkpoint_holds_the_adapter_alone_and_a_run_goes_on_from_it_exactly(finished, tmp_path):
+    values, result = finished
+    stored = Checkpointer(result.run_dir).stored(4)
+    assert {name.rpartition(".")[2] for name in stored if name.startswith("params.")} == {"a", "b"}
+    assert not any(name.startswith("frozen") for name in stored)
+    half = values | {"run_dir": str(tmp_path / "run")}
+    half["checkpoint"] = {"start_from": str(result.run_dir / "checkpoints" / "2")}
+    assert_bit_equal(jf.fit(half).model.params, result.model.params)
+
+
+def test_a_run_is_a_model_with_its_adapter_in_it(finished, tmp_path, command):
+    _, result = finished
+    assert relative_error(jf.load(result.run_dir).params, result.model.params) < 1e-6
+    assert relative_error(jf.load(result.run_dir, ema=True).params, result.model.params) > 1e-6
+    assert command("convert", result.run_dir, tmp_path / "adapter").code == 0
+    assert relative_error(jf.load(tmp_path / "adapter").params, result.model.params) < 1e-6
+    low = read_adapter(tmp_path / "adapter").modules["model.layers.0.self_attn.q_proj"]
+    assert (low.a.shape, low.b.shape, low.scale) == ((2, 64), (64, 2), 8.0)
+    assert command("convert", result.run_dir, tmp_path / "merged", "--merge-adapter").code == 0
+    assert relative_error(jf.load(tmp_path / "merged").params, result.model.params) < 1e-6
+
+
+def test_frozen_layers_stay_as_they_are_and_the_rest_trains_as_without_them(base, tmp_path):
+    values = config(tmp_path, base, lora=None, train={"steps": 3, "freeze": ["embed_tokens", "model.layers.0"]})
+    result, before = jf.fit(values), jf.load(base).params
+    after = result.model.params
+    assert_bit_equal(after["embed"], before["embed"])
+    old, new = before["layers"][0][0], after["layers"][0][0]
+    for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True):
+        assert np.array_equal(a[0], b[0])
+        assert not np.array_equal(a[1], b[1])
+    assert_bit_equal(jf.load(result.run_dir).params, after)
+    assert "opt_state.0.mu.embed" not in Checkpointer(result.run_dir).stored(3)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"targets": ["qq_proj"]}, "'qq_proj' means no module of llama; its modules are embed_tokens, lm_head, k_proj"),
+        (
+            {"rank": 65},
+            "a rank of 65 for model.layers.1.self_attn.q_proj, which is 64 to 64 wide; it is at least 1 and at most 64",
+        ),
+        ({"ranks": {"o_proj": 2}}, "lora.ranks: 'o_proj' means no module with an adapter; they are q_proj"),
+        ({"targets": ["embed_tokens"], "ranks": {}, "variants": ["dora"]}, "dora is for linear layers"),
+        ({"rank": 0}, "lora.rank is 0"),
+    ],
+)
+def test_an_adapter_that_cannot_be_is_one_line(change, said, base, tmp_path, command):
+    path = tmp_path / "config.yaml"
+    path.write_text(json.dumps(config(tmp_path, base, lora=LORA | change)))
+    assert said in command("train", path, "--dry-run").mistake
+
+
+def test_an_adapter_of_another_base_is_refused_by_shapes_and_by_weights(finished, base, tmp_path, command):
+    values, result = finished
+    command("convert", result.run_dir, tmp_path / "adapter")
+    cfg = read_config(SHAPE)
+    write_pretrained(tmp_path / "other", cfg, random_params(cfg, seed=1))
+    wide = read_config(SHAPE | {"intermediate_size": 128})
+    write_pretrained(tmp_path / "wide", wide, random_params(wide))
+
+    def convert(model):
+        done = command("convert", model, tmp_path / "out", "--adapter", tmp_path / "adapter", "--merge-adapter")
+        return done.mistake
+
+    assert "is an adapter of another base: its weights have the fingerprint" in convert(tmp_path / "other")
+    assert "its model.layers.0.mlp.down_proj is 96 to 64 wide, the model's 128 to 64" in convert(tmp_path / "wide")
+    path = tmp_path / "config.yaml"
+    path.write_text(json.dumps(values | {"model": str(tmp_path / "other")}))
+    assert "holds an adapter of another base" in command("train", path).mistake
