@@ -97,6 +97,7 @@ class EngineConfig:
     pieces. decode_steps: tokens of each request between two looks at the host. queue_requests, queue_tokens: what may
     wait. prefix_cache: whether prompts find what others have read. cache_dtype: None keeps keys and values as the model
     computes; int8, each token's of a head with a scale of their own, takes a quarter of float32 and half of bfloat16.
+    adapters: how many may be loaded at a time, each of a rank up to adapter_rank.
     """
 
     slots: int = 8
@@ -110,6 +111,8 @@ class EngineConfig:
     queue_tokens: int = 1_000_000
     prefix_cache: bool = True
     cache_dtype: Literal["int8"] | None = None
+    adapters: int = 0
+    adapter_rank: int = 16
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,6 @@ def check_request(request: Request, cfg: ModelConfig, config: EngineConfig, size
         value = getattr(request, name)
         if value is not None and not 0 <= value <= TOP:
             raise ValueError(f"{name} is {value}; it must be from 0 to {TOP}")
-    if request.adapter is not None:
-        raise ValueError(f"there is no adapter {request.adapter!r}; none is loaded")
 
 
 def _check_budget(request: Request, config: EngineConfig, sizes: Sizes) -> None:

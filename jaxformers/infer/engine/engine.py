@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxformers.infer.engine import programs
+from jaxformers.infer.engine.adapters import Adapters, salt_of
 from jaxformers.infer.engine.checks import check_request, pages_needed
 from jaxformers.infer.engine.compilations import compilations
 from jaxformers.infer.engine.pages import Pages, piece_digests
@@ -33,6 +34,7 @@ from jaxformers.infer.request import EngineConfig, EngineStats, Event, Finish, R
 from jaxformers.models.config import DynamicScaling, LongRopeScaling, ModelConfig
 from jaxformers.models.paged import attend_in_pages
 from jaxformers.models.params import Params
+from jaxformers.parallel.mesh import replicated
 
 SEEDS = 2**32
 
@@ -57,7 +59,7 @@ class Engine:
     def __init__(self, model: Loaded | Prepared, config: EngineConfig = EngineConfig()):
         if not isinstance(model, Prepared):
             model = prepare_model(model.params, model.config, model.mesh, dtype=model.dtype)
-        self.config, self._cfg, self._params = config, model.config, model.params
+        self.config, self._cfg = config, model.config
         self._sizes = sizes = Sizes.of(config, model.config)
         self._mesh = mesh_of(model.params)
         runtime = dataclasses.replace(model.runtime, attend=attend_in_pages(sizes.block))
@@ -65,11 +67,13 @@ class Engine:
         self._model = {"cfg": model.config, "runtime": runtime}
         with jax.set_mesh(self._mesh):
             self._state = init_state(**self._model, sizes=sizes)
+        self._adapters = Adapters(model, config, replicated(self._mesh))
+        self._params = self._adapters.params
         self.pages = Pages(sizes.pages)
         self._piece_pages = config.prefill_piece // config.page_size
         self.recent = _recent(sizes, config)
         self._running: dict[int, Running] = {}  # by slot
-        self._lock = threading.Lock()  # for what other threads touch: the next four
+        self._lock = threading.Lock()  # for what other threads touch: adapters, and the next four
         self._queue = Queue(config.queue_requests, config.queue_tokens)
         self._numbers = 0
         self._unwanted: set[int] = set()  # cancelled, but not looked for yet
@@ -91,7 +95,8 @@ class Engine:
         request = dataclasses.replace(request, prompt=tuple(map(int, request.prompt)))
         seed = int(np.random.default_rng().integers(SEEDS)) if request.seed is None else int(request.seed)
         with self._lock:
-            self._queue.put(Waiting(request.priority, self._numbers, request, seed))
+            adapter = self._adapters.find(request.adapter)
+            self._queue.put(Waiting(request.priority, self._numbers, request, seed, adapter))
             self._numbers += 1
             return self._numbers - 1
 
@@ -102,6 +107,24 @@ class Engine:
                 self._left.append(request)
             else:
                 self._unwanted.add(request)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the adapters that requests may ask for."""
+        return self._adapters.names
+
+    def add_adapter(self, name: str, params: Params) -> None:
+        """Lets requests ask for an adapter: the `LoRA` leaves of a plain tree, whose other leaves do not matter. At any
+        time, by any thread. ValueError for one that does not fit into the room that the config has declared."""
+        factors = self._adapters.factors(params)
+        with self._lock:
+            used = [run.waited.adapter for run in list(self._running.values())] + [w.adapter for w in self._queue]
+            self._adapters.add(name, factors, used=[adapter for adapter in used if adapter is not None])
+
+    def remove_adapter(self, name: str) -> None:
+        """From now on no request may ask for it; those that did end with it. ValueError for a name that none has."""
+        with self._lock:
+            self._adapters.remove(name)
 
     def has_work(self) -> bool:
         """Whether a request waits or runs."""
@@ -147,6 +170,8 @@ class Engine:
         )
 
     def _run_every_program(self) -> None:
+        self._adapters.rehearse()
+        self._params = self._adapters.params
         slot, piece, vocab_size = np.int32(0), self.config.prefill_piece, self._cfg.vocab_size
         nothing = np.zeros(piece, np.int32)
         row = new_row(Request(prompt=(0,)), 0, vocab_size)
@@ -181,6 +206,8 @@ class Engine:
         """Gives free slots to those whose turn it is, as long as there is room for all their tokens."""
         while len(self._running) < self.config.slots:
             with self._lock:
+                if self._adapters.settle():  # before any request that asks for one of them
+                    self._params = self._adapters.params
                 waiting = self._queue.first()
                 run = waiting and self._place(waiting)
                 if run is None:
@@ -195,7 +222,7 @@ class Engine:
         """A slot and pages for a request, those of its prompt's beginning shared where they are known; None where
         there is no room."""
         request, piece = waiting.request, self.config.prefill_piece
-        digests = self._digests(request)
+        digests = self._digests(waiting)
         shared = self._find(digests) if request.prompt_logprobs is None else []
         needed = pages_needed(request, self.config.page_size)
         pages = self.pages.take(shared, needed - len(shared))
@@ -216,17 +243,19 @@ class Engine:
             return found
         return found[: self.recent.reach(digests, len(found) // self._piece_pages) * self._piece_pages]
 
-    def _digests(self, request: Request) -> list[bytes]:
+    def _digests(self, waiting: Waiting) -> list[bytes]:
         """Of the pieces of its prompt that can be shared: whole ones, before the last token, which is decoded."""
         if not self.config.prefix_cache:
             return []
-        prompt = np.asarray(request.prompt, np.int32)
-        salt = _circumstances(self._cfg, len(prompt))
+        prompt = np.asarray(waiting.request.prompt, np.int32)
+        salt = salt_of(waiting.adapter) + _circumstances(self._cfg, len(prompt))
         return piece_digests(prompt[:-1], self.config.prefill_piece, salt=salt)
 
     def _give_slot(self, run: Running) -> None:
         """Tells the device whose slot it is, and with which pages."""
-        row = new_row(run.request, run.waited.seed, self._cfg.vocab_size)
+        adapter = run.waited.adapter
+        number = 0 if adapter is None else adapter.number
+        row = new_row(run.request, run.waited.seed, self._cfg.vocab_size, adapter=number)
         self._state = programs.admit(self._state, np.int32(run.slot), self._tables(run.pages, run.recent), row)
 
     def _end(self, run: Running, finish: Finish) -> None:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jaxformers.infer.engine.choosing import Logprobs, choose
 from jaxformers.infer.engine.state import IDLE, Rows, State
+from jaxformers.models.bank import Bank, put, with_rows
 from jaxformers.models.config import ModelConfig
 from jaxformers.models.decoder import gather_shared, hidden_states, unembed
 from jaxformers.models.paged import NOWHERE
@@ -35,6 +36,12 @@ def admit(state: State, slot: jax.Array, tables: tuple[jax.Array, ...], row: Row
     """Gives a slot to a request: its pages, each int32 [W], and what it needs of the slot. It makes no token yet."""
     rows = jax.tree.map(lambda every, one: every.at[slot].set(one), state.rows, row)
     return state.with_pages(slot, tables).replace(rows=rows)
+
+
+@functools.partial(jax.jit, donate_argnames="bank")
+def put_adapter(bank: Bank, number: jax.Array, factors: Bank) -> Bank:
+    """Puts an adapter's factors where there is room for them."""
+    return put(bank, number, factors)
 
 
 @functools.partial(jax.jit, donate_argnames="state")
@@ -61,7 +68,7 @@ def prefill_chunk(
     The prompt's last token is not read here: decoding begins with it, so that what follows a prompt is always computed
     in one way.
     """
-    params = gather_shared(params, cfg, runtime)
+    params = with_rows(gather_shared(params, cfg, runtime), state.rows.adapter[slot][None])
     positions = start + jnp.arange(tokens.shape[0], dtype=jnp.int32)
     positions = jnp.where(positions < length - 1, positions, -1)
     tables = tuple(table[slot][None] for table in state.tables)
@@ -113,7 +120,7 @@ def decode(
 
     A slot goes idle behind a stop id, which is told too, and behind the last token of its request.
     """
-    params = gather_shared(params, cfg, runtime)
+    params = with_rows(gather_shared(params, cfg, runtime), state.rows.adapter)
     slots = state.rows.token.shape[0]
     nothing = Logprobs.nothing(slots, most, vocab_size=cfg.vocab_size)
     made = Decoded(jnp.full((slots, most), NO_TOKEN, jnp.int32), nothing)

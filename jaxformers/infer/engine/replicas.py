@@ -13,7 +13,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxformers.infer.engine.engine import Engine, Loaded
 from jaxformers.infer.generate import prepare_model
-from jaxformers.infer.request import Driven, EngineConfig, EngineStats, Event, QueueFull, Request
+from jaxformers.infer.request import EngineConfig, EngineStats, Event, QueueFull, Request
+from jaxformers.models.params import Params
 
 
 class Replicas:
@@ -23,7 +24,7 @@ class Replicas:
     j n + i here.
     """
 
-    def __init__(self, engines: Sequence[Driven]):
+    def __init__(self, engines: Sequence[Engine]):
         if not engines:
             raise ValueError("there is no engine; replicas need at least one")
         self.engines = tuple(engines)
@@ -50,6 +51,21 @@ class Replicas:
         number, i = divmod(request, len(self.engines))
         self.engines[i].cancel(number)
 
+    def add_adapter(self, name: str, params: Params) -> None:
+        """As `Engine.add_adapter`, to all or to none."""
+        for i, engine in enumerate(self.engines):
+            try:
+                engine.add_adapter(name, params)
+            except ValueError:
+                for other in self.engines[:i]:
+                    other.remove_adapter(name)
+                raise
+
+    def remove_adapter(self, name: str) -> None:
+        """As `Engine.remove_adapter`, from all."""
+        for engine in self.engines:
+            engine.remove_adapter(name)
+
     def has_work(self) -> bool:
         """Whether a request waits or runs in any."""
         return any(engine.has_work() for engine in self.engines)
@@ -74,7 +90,7 @@ class Replicas:
         stats = self.engines[i].stats()
         return stats.running + stats.waiting
 
-    def _at_once(self, call: Callable[[Driven], Any]) -> list[Any]:
+    def _at_once(self, call: Callable[[Engine], Any]) -> list[Any]:
         return list(self._threads.map(call, self.engines))
 
 

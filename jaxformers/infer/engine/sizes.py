@@ -9,7 +9,13 @@ from jaxformers.infer.request import EngineConfig
 from jaxformers.models.config import ModelConfig
 
 KEY_BLOCK = 128  # keys that attention looks at together: more wastes time on short rows, fewer on the loop
-FREE = ("prefix_cache", "queue_requests", "queue_tokens", "cache_dtype")  # fields that may be 0, or are no numbers
+FREE = (
+    "prefix_cache",
+    "queue_requests",
+    "queue_tokens",
+    "cache_dtype",
+    "adapters",
+)  # fields that may be 0, or are no numbers
 CACHE_DTYPES = (None, "int8")
 
 
@@ -68,6 +74,8 @@ def _check(config: EngineConfig) -> None:
         if getattr(config, name) % getattr(config, unit):
             told = f"{name} is {getattr(config, name)}, which is no multiple of {unit}"
             raise ValueError(f"{told}, {getattr(config, unit)}")
+    if config.adapters < 0:
+        raise ValueError(f"adapters is {config.adapters}; it must be at least 0")
     if config.cache_dtype not in CACHE_DTYPES:
         raise ValueError(f"cache_dtype is {config.cache_dtype!r}; it must be int8, or None for the model's own")
 

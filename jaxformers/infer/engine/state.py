@@ -33,6 +33,7 @@ class Rows:
     end: jax.Array  # int32; the position of the last token that may come
     quiet_end: jax.Array  # int32; up to here no stop id may come
     tells: jax.Array  # bool; log-probabilities are wanted
+    adapter: jax.Array  # int32; the number of its adapter, 0 for none
     sampling: SamplingParams
     counts: TokenCounts
     bias: jax.Array  # float32 [V]; added to logits
@@ -73,7 +74,7 @@ class State:
         return self.replace(pools=[{name: paged.pool for name, paged in layer.items()} for layer in cache])
 
 
-def new_row(request: Request, seed: int, vocab_size: int) -> Rows:
+def new_row(request: Request, seed: int, vocab_size: int, *, adapter: int = 0) -> Rows:
     """What a request needs of its slot, as NumPy arrays; its first token is still to be prefilled."""
     length = len(request.prompt)
     knobs = SamplingParams.create(1, seed=seed, **{name: getattr(request, name) for name in KNOBS})
@@ -86,6 +87,7 @@ def new_row(request: Request, seed: int, vocab_size: int) -> Rows:
         end=np.int32(length - 1 + request.max_new_tokens),
         quiet_end=np.int32(length - 1 + request.min_new_tokens),
         tells=np.bool_(request.logprobs is not None),
+        adapter=np.int32(adapter),
         sampling=jax.tree.map(lambda values: values[0], knobs),
         counts=TokenCounts(_among(request.prompt, vocab_size), np.zeros(vocab_size, np.int32)),
         bias=bias,
