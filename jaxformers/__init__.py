@@ -20,6 +20,7 @@ _HOME = {
     "EngineConfig": "jaxformers.infer.request",
     "Replicas": "jaxformers.infer.engine",
     "Request": "jaxformers.infer.request",
+    "adapter_params": "jaxformers.adapters",
     "Conversation": "jaxformers.chat",
     "fit": "jaxformers.training",
     "FitResult": "jaxformers.training",

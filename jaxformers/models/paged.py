@@ -12,7 +12,7 @@ W pages of a table's row, c tokens of a block
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import flax.struct
@@ -145,8 +145,9 @@ def paged_attention(
     return y.transpose(0, 3, 1, 2, 4).reshape(b, t, h, m)
 
 
+@cache
 def attend_in_pages(block: int) -> Any:
-    """`paged_attention` as a runtime's `attend`: an equal function each time, so that compiled ones are found again."""
+    """`paged_attention` as a runtime's `attend`: the same function each time, so that compiled ones are found again."""
     return partial(paged_attention, block=block)
 
 

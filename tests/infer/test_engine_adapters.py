@@ -1,6 +1,7 @@
 """Requests with adapters of their own share a batch, and each gets what a model with its adapter merged would make."""
 
 import functools
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -8,7 +9,9 @@ import pytest
 from infer.engines import Answer, answers, tokens_of
 from tiny import LLAMA, random_params
 
+from jaxformers.adapters import adapter_params
 from jaxformers.families import read_config
+from jaxformers.hub.peft import detach, write_adapter
 from jaxformers.hub.targets import Wish, plan_adapter
 from jaxformers.infer.engine import Engine, sizes
 from jaxformers.infer.generate import prepare_model
@@ -164,6 +167,20 @@ def test_an_adapter_of_the_same_name_with_other_weights_finds_nothing_of_the_fir
 def wished(wish):
     cfg, params = base()
     return add_adapter(params, cfg, plan_adapter(cfg, wish), jax.random.key(0))
+
+
+def test_an_adapter_in_the_format_of_peft_is_read_for_the_engine(ready, tmp_path):
+    cfg, _ = base()
+    own = detach(adapted("values"), cfg, plan_adapter(cfg, WISHES["values"]))
+    write_adapter(tmp_path, own, cfg)
+    ready.remove_adapter("some")
+    ready.add_adapter("from a file", adapter_params(tmp_path, cfg))
+    assert tokens_of(ready, plain(PROMPTS[0], "from a file")) == [truth("values")[0].tokens]
+    ready.remove_adapter("from a file")
+    ready.add_adapter("some", adapted("some"))
+    write_adapter(tmp_path, replace(own, whole={"model.norm.weight": np.ones(64, np.float32)}), cfg)
+    with pytest.raises(ValueError, match=r"holds model.norm.weight whole, which cannot be one of several; merge it$"):
+        adapter_params(tmp_path, cfg)
 
 
 @pytest.mark.parametrize(
