@@ -11,10 +11,11 @@ import jax
 import numpy as np
 
 from jaxformers.families.common import untied
-from jaxformers.hub.peft import PeftAdapter, attach, detach, fit_adapter, write_adapter
+from jaxformers.hub.peft import PeftAdapter, attach, detach, fit_adapter, read_adapter, write_adapter
+from jaxformers.hub.resolve import resolve
 from jaxformers.models.adapters import Adapter, adapted_spec, combine, is_adapted, partition, trainable
 from jaxformers.models.config import ModelConfig
-from jaxformers.models.params import Params
+from jaxformers.models.params import Params, model_spec
 from jaxformers.train.checkpoint import Checkpointer
 from jaxformers.train.config import LoRAConfig
 from jaxformers.train.lora import make_adapter
@@ -89,6 +90,15 @@ class SavedAdapter:
 
         kept = jax.tree_util.tree_map_with_path(with_base, self.specs, params, is_leaf=is_adapted)
         return combine(self.read(ema=ema), kept)
+
+
+def adapter_params(ref: str | Path, config: ModelConfig) -> Params:
+    """An adapter in `peft`'s format as `Engine.add_adapter` takes it: a plain tree like this model's, of whose leaves
+    only those with `LoRA` hold arrays. ValueError for one of another model, or that holds more than low ranks."""
+    found = read_adapter(resolve(ref))
+    if found.whole:
+        raise ValueError(f"{ref} holds {next(iter(found.whole))} whole, which cannot be one of several; merge it")
+    return attach(model_spec(config), config, found, where=ref)
 
 
 def saved_adapter(run: Path, step: int, meta: Mapping[str, Any], cfg: ModelConfig) -> FoundAdapter:

@@ -18,7 +18,7 @@ import numpy as np
 from jaxformers.models.config import ModelConfig, longest_stack, plan_stacks
 from jaxformers.models.params import Params, ParamSpec, model_spec, path_name
 from jaxformers.models.quantized import Quantized, Scheme, group_shape, quantize
-from jaxformers.models.weights import LoRA, dense
+from jaxformers.models.weights import LoRA, LoRABank, dense
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +97,10 @@ def spec_like(spec: ParamSpec, w: Any) -> Any:
         batch = spec.num_batch
         key = ParamSpec((*spec.shape[:batch], 2), (*spec.axes[:batch], None)) if w.key is not None else None
         return found.replace(key=key)
+    if isinstance(w, LoRABank):
+        whole = [ParamSpec(leaf.shape, (None,) * leaf.ndim) for leaf in (w.a, w.b)]
+        rows = None if w.rows is None else ParamSpec(w.rows.shape, (None,))
+        return LoRABank(spec_like(spec, w.base), *whole, rows)
     return quantized_spec(spec, w.scheme) if isinstance(w, Quantized) else spec
 
 

@@ -17,6 +17,7 @@ from jaxformers.models.config import ModelConfig, plan_stacks
 from jaxformers.models.params import Params, path_name
 from jaxformers.models.weights import OutputMajor, concat_outputs
 
+FUSED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}  # projections of one input as one matmul
 ROUTING = ("router", "router_b", "select_b")  # computed in float32 whatever the rest is, so kept as they are
 
 
@@ -53,13 +54,14 @@ def fuse_layer(p: Params) -> Params:
     """One layer with q, k, v joined as `qkv` [D, (H + 2K) N] and gate, up as `gate_up` [D, 2F]."""
     p = dict(p)
     if "k" in p["attn"] and "queries" not in p["attn"]:
-        p["attn"] = _join(p["attn"], ("q", "k", "v"), "qkv")
+        p["attn"] = _join(p["attn"], "qkv")
     if "gate" in p["ffn"] and "router" not in p["ffn"]:
-        p["ffn"] = _join(p["ffn"], ("gate", "up"), "gate_up")
+        p["ffn"] = _join(p["ffn"], "gate_up")
     return p
 
 
-def _join(p: Params, names: tuple[str, ...], fused: str) -> Params:
+def _join(p: Params, fused: str) -> Params:
+    names = FUSED[fused]
     joined = {fused: concat_outputs([p[name] for name in names])}
     biases = [f"{name}_b" for name in names]
     if biases[0] in p:

@@ -109,7 +109,29 @@ class LoRA:
         return self.a.reshape(*batch, -1, rank), self.b.reshape(*batch, rank, -1), batch
 
 
-Weight = jax.Array | OutputMajor | Quantized | LoRA
+@flax.struct.dataclass
+class LoRABank:
+    """A weight [*in, *out] with several adapters, of which each row of a batch has its own: base + a[rows] b[rows].
+
+    a [n, in, R] and b [n, R, out], with all input and all output dims in one; rows int32 [B] is set for each call.
+    Number 0 is all zeros, and a row with it comes out as from the base, bit by bit.
+    """
+
+    base: jax.Array | OutputMajor
+    a: jax.Array
+    b: jax.Array
+    rows: jax.Array | None = None
+
+    def added(self, x: jax.Array, n_in: int) -> jax.Array:
+        """What the adapters add to x [B, T, *in] times the base: float32 [B, T, out]."""
+        assert self.rows is not None
+        flat = x.reshape(*x.shape[: x.ndim - n_in], -1)
+        low = jnp.einsum("bti,bir->btr", flat, self.a[self.rows].astype(x.dtype), preferred_element_type=jnp.float32)
+        b = self.b[self.rows].astype(x.dtype)
+        return jnp.einsum("btr,bro->bto", low.astype(x.dtype), b, preferred_element_type=jnp.float32)
+
+
+Weight = jax.Array | OutputMajor | Quantized | LoRA | LoRABank
 
 
 def dense(w: Weight) -> jax.Array:
@@ -142,6 +164,9 @@ def _product(x: jax.Array, w: Weight, n_in: int) -> jax.Array:
         return _weight_left(w.matrix, x.reshape(math.prod(rows), -1)).reshape(*rows, *w.out_shape)
     if isinstance(w, Quantized):
         return _matmul(n_in, x, w.dequantized(x.dtype))
+    if isinstance(w, LoRABank):
+        y = _product(x, w.base, n_in)
+        return y + w.added(x, n_in).reshape(y.shape)
     if not isinstance(w, LoRA):
         return _matmul(n_in, x, w)
     low = _matmul(n_in, _dropped(x, w), w.a) * w.scale

@@ -63,6 +63,38 @@ def mesh_experts(
     return partial(_island, mesh=mesh, mix=mix)
 
 
+def whole_token_experts(mesh: Mesh, cfg: ModelConfig) -> Callable[..., Mixed]:
+    """The `experts` of a `Runtime` where every device of the mesh sees all tokens, as in decoding a few: each computes
+    what its own experts, and its part of their width, make of them. Called under `jax.set_mesh`. ValueError for a mesh
+    that cannot split the model's experts."""
+    if mesh.shape["ep"] > 1:
+        _check_experts(cfg, mesh.shape["ep"])
+    return local_experts if mesh.size == 1 or cfg.moe is None else partial(_whole_token_island, mesh=mesh)
+
+
+def _whole_token_island(
+    p: Params, x: jax.Array, weights: jax.Array, experts: jax.Array, cfg: ModelConfig, *, mesh: Mesh
+) -> Mixed:
+    """`local_experts` of x [B, T, D] that is whole on every device, as its result is."""
+    specs = {name: s for name, s in moe_spec(cfg).items() if not isinstance(s, dict) and "experts" in s.axes}
+    # Where fsdp splits weights, they have been brought together for use already.
+    places = {name: spec_of(s.axes, s.shape, mesh, RULES | {"embed": ()}) for name, s in specs.items()}
+    apart = axes_in(places["down"])
+
+    def body(p: Params, x: jax.Array, weights: jax.Array, experts: jax.Array) -> jax.Array:
+        if "tp" in apart and "down_b" in p:
+            p["down_b"] = jnp.where(lax.axis_index("tp") == 0, p["down_b"], 0)  # once in the sum
+        held = p["up"].shape[0]
+        visits = experts - lax.axis_index("ep") * held
+        visits = jnp.where((visits >= 0) & (visits < held), visits, held)
+        return lax.psum(weigh(run_experts(p, x, visits, cfg), weights), apart)
+
+    island = jax.shard_map(body, in_specs=(places, P(), P(), P()), out_specs=P(), check_vma=False)
+    flat = (a.reshape(-1, a.shape[-1]) for a in (x, weights, experts))
+    y = island({name: p[name] for name in places}, *flat)
+    return Mixed(y.astype(x.dtype).reshape(x.shape), jnp.zeros((), jnp.float32))
+
+
 def _check_experts(cfg: ModelConfig, ep: int) -> None:
     if cfg.moe is None:
         raise ValueError(f"mesh: ep={ep} needs a model with experts, which {cfg.family} is not; use dp or fsdp")

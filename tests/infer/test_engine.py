@@ -12,7 +12,7 @@ from scipy import special
 from tiny import LLAMA, random_params
 
 from jaxformers.families import read_config
-from jaxformers.infer.engine import Engine, checks
+from jaxformers.infer.engine import Engine, sizes
 from jaxformers.infer.generate import prepare_model
 from jaxformers.infer.request import EngineConfig, QueueFull, Request
 from jaxformers.models.decoder import forward
@@ -27,7 +27,7 @@ def quick_compilation():
     """Programs here run for a moment, so compiling them is all they cost. Attention takes several blocks of keys."""
     jax.config.update("jax_disable_most_optimizations", True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checks, "KEY_BLOCK", 32)
+        patch.setattr(sizes, "KEY_BLOCK", 32)
         yield
     jax.config.update("jax_disable_most_optimizations", False)
 

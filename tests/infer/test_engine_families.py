@@ -8,7 +8,7 @@ import torch
 from families.checkpoints import ROWS, checkpoint, tokens
 from infer.engines import tokens_of
 
-from jaxformers.infer.engine import Engine, checks
+from jaxformers.infer.engine import Engine, sizes
 from jaxformers.infer.generate import prepare_model
 from jaxformers.infer.request import EngineConfig, Request
 from jaxformers.parallel.mesh import single_device_mesh
@@ -32,7 +32,7 @@ KINDS = (
 def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checks, "KEY_BLOCK", 16)
+        patch.setattr(sizes, "KEY_BLOCK", 16)
         yield
     jax.config.update("jax_disable_most_optimizations", False)
 

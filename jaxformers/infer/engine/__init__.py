@@ -5,5 +5,6 @@ over one `state`, and `checks` refuses what cannot be answered.
 """
 
 from jaxformers.infer.engine.engine import Engine
+from jaxformers.infer.engine.replicas import Replicas
 
-__all__ = ["Engine"]
+__all__ = ["Engine", "Replicas"]

@@ -4,54 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
 from numbers import Integral
 
 import numpy as np
 
 from jaxformers.infer.engine.choosing import TOP
+from jaxformers.infer.engine.sizes import Sizes
 from jaxformers.infer.engine.state import KNOBS
 from jaxformers.infer.request import EngineConfig, Request
 from jaxformers.infer.sampling import SamplingParams
 from jaxformers.models.config import ModelConfig
-
-KEY_BLOCK = 128  # keys that attention looks at together: more wastes time on short rows, fewer on the loop
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What follows from an `EngineConfig` for one model. width: pages of a slot at most, whole blocks of keys; block:
-    keys of a block; pages: in all; max_length: tokens of a prompt and its continuation at most."""
-
-    max_length: int
-    pages: int
-    width: int
-    block: int
-
-    @classmethod
-    def of(cls, config: EngineConfig, cfg: ModelConfig) -> Sizes:
-        """ValueError for sizes that do not fit together, or the model."""
-        for name in (field.name for field in fields(config)):
-            value = getattr(config, name)
-            if name not in ("prefix_cache", "queue_requests", "queue_tokens") and value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
-        for name, unit in (("prefill_piece", "page_size"), ("prefill_chunk", "prefill_piece")):
-            if getattr(config, name) % getattr(config, unit):
-                told = f"{name} is {getattr(config, name)}, which is no multiple of {unit}"
-                raise ValueError(f"{told}, {getattr(config, unit)}")
-        max_length = cfg.context_length if config.max_length is None else config.max_length
-        if cfg.learned_positions and max_length > cfg.context_length:
-            raise ValueError(f"max_length is {max_length}, but this model has positions up to {cfg.context_length}")
-        size = config.page_size
-        tokens = config.slots * _round_up(max_length, size) if config.cache_tokens is None else config.cache_tokens
-        if tokens < size:
-            raise ValueError(f"cache_tokens is {tokens}; it must hold a page of {size} tokens at least")
-        block = min(max(size, KEY_BLOCK // size * size), _round_up(max_length, size))
-        return cls(max_length, tokens // size, _round_up(max_length, block) // size, block)
-
-
-def _round_up(value: int, unit: int) -> int:
-    return -(-value // unit) * unit
 
 
 def check_request(request: Request, cfg: ModelConfig, config: EngineConfig, sizes: Sizes) -> None:
@@ -72,8 +34,6 @@ def check_request(request: Request, cfg: ModelConfig, config: EngineConfig, size
         value = getattr(request, name)
         if value is not None and not 0 <= value <= TOP:
             raise ValueError(f"{name} is {value}; it must be from 0 to {TOP}")
-    if request.adapter is not None:
-        raise ValueError(f"there is no adapter {request.adapter!r}; none is loaded")
 
 
 def _check_budget(request: Request, config: EngineConfig, sizes: Sizes) -> None:

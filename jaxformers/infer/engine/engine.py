@@ -16,20 +16,25 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from jaxformers.infer.engine import programs
-from jaxformers.infer.engine.checks import Sizes, check_request, pages_needed
+from jaxformers.infer.engine.adapters import Adapters, salt_of
+from jaxformers.infer.engine.checks import check_request, pages_needed
 from jaxformers.infer.engine.compilations import compilations
 from jaxformers.infer.engine.pages import Pages, piece_digests
+from jaxformers.infer.engine.placement import engine_runtime, mesh_of
 from jaxformers.infer.engine.queue import Queue, Waiting
+from jaxformers.infer.engine.recent import Held, Recent
 from jaxformers.infer.engine.running import Running, told
+from jaxformers.infer.engine.sizes import Sizes
 from jaxformers.infer.engine.state import init_state, new_row
 from jaxformers.infer.generate import Prepared, prepare_model
 from jaxformers.infer.request import EngineConfig, EngineStats, Event, Finish, Request
 from jaxformers.models.config import DynamicScaling, LongRopeScaling, ModelConfig
 from jaxformers.models.paged import attend_in_pages
 from jaxformers.models.params import Params
+from jaxformers.parallel.mesh import replicated
 
 SEEDS = 2**32
 
@@ -54,23 +59,21 @@ class Engine:
     def __init__(self, model: Loaded | Prepared, config: EngineConfig = EngineConfig()):
         if not isinstance(model, Prepared):
             model = prepare_model(model.params, model.config, model.mesh, dtype=model.dtype)
-        self.config, self._cfg, self._params = config, model.config, model.params
+        self.config, self._cfg = config, model.config
         self._sizes = sizes = Sizes.of(config, model.config)
+        self._mesh = mesh_of(model.params)
         runtime = dataclasses.replace(model.runtime, attend=attend_in_pages(sizes.block))
+        runtime = engine_runtime(runtime, model.config, self._mesh)
         self._model = {"cfg": model.config, "runtime": runtime}
-        state = init_state(
-            model.config,
-            slots=config.slots,
-            pages=sizes.pages,
-            page_size=config.page_size,
-            width=sizes.width,
-            dtype=runtime.dtype,
-        )
-        self._state = jax.device_put(state, _everywhere(model.params))
+        with jax.set_mesh(self._mesh):
+            self._state = init_state(**self._model, sizes=sizes)
+        self._adapters = Adapters(model, config, replicated(self._mesh))
+        self._params = self._adapters.params
         self.pages = Pages(sizes.pages)
         self._piece_pages = config.prefill_piece // config.page_size
+        self.recent = _recent(sizes, config)
         self._running: dict[int, Running] = {}  # by slot
-        self._lock = threading.Lock()  # for what other threads touch: the next four
+        self._lock = threading.Lock()  # for what other threads touch: adapters, and the next four
         self._queue = Queue(config.queue_requests, config.queue_tokens)
         self._numbers = 0
         self._unwanted: set[int] = set()  # cancelled, but not looked for yet
@@ -92,7 +95,8 @@ class Engine:
         request = dataclasses.replace(request, prompt=tuple(map(int, request.prompt)))
         seed = int(np.random.default_rng().integers(SEEDS)) if request.seed is None else int(request.seed)
         with self._lock:
-            self._queue.put(Waiting(request.priority, self._numbers, request, seed))
+            adapter = self._adapters.find(request.adapter)
+            self._queue.put(Waiting(request.priority, self._numbers, request, seed, adapter))
             self._numbers += 1
             return self._numbers - 1
 
@@ -104,6 +108,24 @@ class Engine:
             else:
                 self._unwanted.add(request)
 
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the adapters that requests may ask for."""
+        return self._adapters.names
+
+    def add_adapter(self, name: str, params: Params) -> None:
+        """Lets requests ask for an adapter: the `LoRA` leaves of a plain tree, whose other leaves do not matter. At any
+        time, by any thread. ValueError for one that does not fit into the room that the config has declared."""
+        factors = self._adapters.factors(params)
+        with self._lock:
+            used = [run.waited.adapter for run in list(self._running.values())] + [w.adapter for w in self._queue]
+            self._adapters.add(name, factors, used=[adapter for adapter in used if adapter is not None])
+
+    def remove_adapter(self, name: str) -> None:
+        """From now on no request may ask for it; those that did end with it. ValueError for a name that none has."""
+        with self._lock:
+            self._adapters.remove(name)
+
     def has_work(self) -> bool:
         """Whether a request waits or runs."""
         return bool(len(self._queue) or self._running or self._left)
@@ -112,10 +134,11 @@ class Engine:
         """Takes requests into free slots, reads some of their prompts, and makes a few tokens in every slot that is
         ready to."""
         before = compilations()
-        events = self._end_unwanted()
-        self._admit()
-        events += self._read_prompts()
-        events += self._decode()
+        with jax.set_mesh(self._mesh):  # whatever the caller's is: it is part of what a program is compiled for
+            events = self._end_unwanted()
+            self._admit()
+            events += self._read_prompts()
+            events += self._decode()
         if self._ready:
             self._sums["compilations"] += compilations() - before
         return events
@@ -123,8 +146,9 @@ class Engine:
     def warm_up(self) -> None:
         """Compiles, or loads from the compilation cache, all that will ever be run. Not while requests run."""
         assert not self._running, "an engine is warmed up before it has requests"
-        for _ in range(2):  # the second time with a state that has been through every program, as all later ones have
-            self._run_every_program()
+        with jax.set_mesh(self._mesh):
+            for _ in range(2):  # the second time with a state that has been through every program, as later ones have
+                self._run_every_program()
         jax.block_until_ready(self._state)
         self._ready = True
 
@@ -146,10 +170,15 @@ class Engine:
         )
 
     def _run_every_program(self) -> None:
+        self._adapters.rehearse()
+        self._params = self._adapters.params
         slot, piece, vocab_size = np.int32(0), self.config.prefill_piece, self._cfg.vocab_size
         nothing = np.zeros(piece, np.int32)
         row = new_row(Request(prompt=(0,)), 0, vocab_size)
-        self._state = programs.admit(self._state, slot, self._padded([]), row)
+        tables = self._tables([], {})
+        self._state = programs.admit(self._state, slot, tables, row)
+        if self.recent is not None:
+            self._state = programs.turn(self._state, slot, tables)
         self._state, x = programs.prefill_chunk(
             self._params, self._state, slot, nothing, np.int32(0), np.int32(1), **self._model
         )
@@ -177,6 +206,8 @@ class Engine:
         """Gives free slots to those whose turn it is, as long as there is room for all their tokens."""
         while len(self._running) < self.config.slots:
             with self._lock:
+                if self._adapters.settle():  # before any request that asks for one of them
+                    self._params = self._adapters.params
                 waiting = self._queue.first()
                 run = waiting and self._place(waiting)
                 if run is None:
@@ -191,8 +222,8 @@ class Engine:
         """A slot and pages for a request, those of its prompt's beginning shared where they are known; None where
         there is no room."""
         request, piece = waiting.request, self.config.prefill_piece
-        digests = self._digests(request)
-        shared = self.pages.find(digests) if request.prompt_logprobs is None else []
+        digests = self._digests(waiting)
+        shared = self._find(digests) if request.prompt_logprobs is None else []
         needed = pages_needed(request, self.config.page_size)
         pages = self.pages.take(shared, needed - len(shared))
         if pages is None:
@@ -200,33 +231,52 @@ class Engine:
         slot = min(set(range(self.config.slots)) - self._running.keys())
         read = len(shared) * self.config.page_size
         assert read % piece == 0, (read, piece)
-        return Running(waiting, slot, pages, digests, read, read)
+        run = Running(waiting, slot, pages, digests, read, read)
+        if self.recent is not None:
+            self.recent.share(run.recent, digests, read // piece)
+        return run
 
-    def _digests(self, request: Request) -> list[bytes]:
+    def _find(self, digests: list[bytes]) -> list[int]:
+        """The pages of the longest known beginning of a prompt behind which it can go on."""
+        found = self.pages.find(digests)
+        if self.recent is None:
+            return found
+        return found[: self.recent.reach(digests, len(found) // self._piece_pages) * self._piece_pages]
+
+    def _digests(self, waiting: Waiting) -> list[bytes]:
         """Of the pieces of its prompt that can be shared: whole ones, before the last token, which is decoded."""
         if not self.config.prefix_cache:
             return []
-        prompt = np.asarray(request.prompt, np.int32)
-        salt = _circumstances(self._cfg, len(prompt))
+        prompt = np.asarray(waiting.request.prompt, np.int32)
+        salt = salt_of(waiting.adapter) + _circumstances(self._cfg, len(prompt))
         return piece_digests(prompt[:-1], self.config.prefill_piece, salt=salt)
 
     def _give_slot(self, run: Running) -> None:
         """Tells the device whose slot it is, and with which pages."""
-        row = new_row(run.request, run.waited.seed, self._cfg.vocab_size)
-        self._state = programs.admit(self._state, np.int32(run.slot), self._padded(run.pages), row)
+        adapter = run.waited.adapter
+        number = 0 if adapter is None else adapter.number
+        row = new_row(run.request, run.waited.seed, self._cfg.vocab_size, adapter=number)
+        self._state = programs.admit(self._state, np.int32(run.slot), self._tables(run.pages, run.recent), row)
 
     def _end(self, run: Running, finish: Finish) -> None:
         """Takes a request's slot and pages from it: the only place where that is done."""
         self._state = programs.release(self._state, np.int32(run.slot))
         del self._running[run.slot]
         self.pages.give_back(run.pages)
+        if self.recent is not None:
+            self.recent.end(run.recent)
         self._sums["cancelled" if finish == "cancelled" else "finished"] += 1
 
-    def _padded(self, pages: list[int]) -> np.ndarray:
-        """A slot's row of the table."""
+    def _tables(self, pages: list[int], recent: Held) -> tuple[np.ndarray, ...]:
+        """A slot's row of each table."""
         row = np.zeros(self._sizes.width, np.int32)
         row[: len(pages)] = pages
-        return row
+        return (row,) if self.recent is None else (row, self.recent.row(recent, self._sizes.width))
+
+    def _move(self, run: Running, start: int, end: int) -> None:
+        """Layers that look back only so far keep what is seen from positions `start` to `end`, and have room there."""
+        if self.recent is not None and self.recent.move(run.recent, start, end):
+            self._state = programs.turn(self._state, np.int32(run.slot), self._tables(run.pages, run.recent))
 
     # Prompts
 
@@ -247,6 +297,7 @@ class Engine:
             return
         size, length = self.config.prefill_piece, len(run.request.prompt)
         tokens = run.piece(size)
+        self._move(run, run.read, min(run.read + size, length - 1))
         position, slot = np.int32(run.read), np.int32(run.slot)
         self._state, x = programs.prefill_chunk(
             self._params, self._state, slot, tokens[:-1], position, np.int32(length), **self._model
@@ -260,13 +311,15 @@ class Engine:
             self.pages.remember(
                 run.digests[number], run.pages[run.read // self.config.page_size :][: self._piece_pages]
             )
+            if self.recent is not None:
+                self.recent.remember(run.recent, run.digests[number], number)
         run.read += size
 
     def _adopt(self, run: Running) -> bool:
         """Whether others have read what a request would read next: its own pages for that go, and theirs come."""
         if run.request.prompt_logprobs is not None:
             return False
-        known, have = self.pages.find(run.digests), run.read // self.config.page_size
+        known, have = self._find(run.digests), run.read // self.config.page_size
         if len(known) <= have:
             return False
         own, new = run.pages[have : len(known)], known[have:]
@@ -274,6 +327,8 @@ class Engine:
         assert taken == new
         self.pages.give_back(own)
         run.pages[have : len(known)] = new
+        if self.recent is not None:
+            self.recent.share(run.recent, run.digests, len(known) // self._piece_pages)
         self._give_slot(run)
         run.read = len(known) * self.config.page_size
         run.cached += len(new) * self.config.page_size
@@ -302,7 +357,11 @@ class Engine:
         started = [run for run in self._running.values() if run.started]
         if not started:
             return events
-        made = self._make_tokens(1 if constrained else self.config.decode_steps)
+        count = 1 if constrained else self.config.decode_steps
+        for run in started:
+            end = len(run.request.prompt) + run.request.max_new_tokens - 1
+            self._move(run, run.position, min(run.position + count, end))
+        made = self._make_tokens(count)
         return events + [self._take(run, made) for run in started]
 
     def _make_tokens(self, count: int) -> programs.Decoded:
@@ -371,10 +430,13 @@ def one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
-def _everywhere(params: Params) -> jax.sharding.Sharding:
-    """Where the parameters are, with a copy on every device."""
-    placed = jax.tree.leaves(params)[0].sharding
-    return NamedSharding(placed.mesh, PartitionSpec()) if isinstance(placed, NamedSharding) else placed
+def _recent(sizes: Sizes, config: EngineConfig) -> Recent | None:
+    """The pages of layers that look back only so far, where these have pages of their own."""
+    if sizes.recent_pages is None:
+        return None
+    assert sizes.window is not None
+    pages = config.prefill_piece // config.page_size
+    return Recent(sizes.recent_pages, window=sizes.window, piece=config.prefill_piece, piece_pages=pages)
 
 
 def _circumstances(cfg: ModelConfig, length: int) -> bytes:

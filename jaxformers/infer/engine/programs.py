@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jaxformers.infer.engine.choosing import Logprobs, choose
 from jaxformers.infer.engine.state import IDLE, Rows, State
+from jaxformers.models.bank import Bank, put, with_rows
 from jaxformers.models.config import ModelConfig
 from jaxformers.models.decoder import gather_shared, hidden_states, unembed
 from jaxformers.models.paged import NOWHERE
@@ -31,10 +32,22 @@ class Decoded:
 
 
 @functools.partial(jax.jit, donate_argnames="state")
-def admit(state: State, slot: jax.Array, pages: jax.Array, row: Rows) -> State:
-    """Gives a slot to a request: its pages int32 [W], and what it needs of the slot. It makes no token yet."""
+def admit(state: State, slot: jax.Array, tables: tuple[jax.Array, ...], row: Rows) -> State:
+    """Gives a slot to a request: its pages, each int32 [W], and what it needs of the slot. It makes no token yet."""
     rows = jax.tree.map(lambda every, one: every.at[slot].set(one), state.rows, row)
-    return state.replace(table=state.table.at[slot].set(pages), rows=rows)
+    return state.with_pages(slot, tables).replace(rows=rows)
+
+
+@functools.partial(jax.jit, donate_argnames="bank")
+def put_adapter(bank: Bank, number: jax.Array, factors: Bank) -> Bank:
+    """Puts an adapter's factors where there is room for them."""
+    return put(bank, number, factors)
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def turn(state: State, slot: jax.Array, tables: tuple[jax.Array, ...]) -> State:
+    """Says which pages a slot has by now."""
+    return state.with_pages(slot, tables)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "runtime"), donate_argnames="state")
@@ -55,26 +68,27 @@ def prefill_chunk(
     The prompt's last token is not read here: decoding begins with it, so that what follows a prompt is always computed
     in one way.
     """
-    params = gather_shared(params, cfg, runtime)
+    params = with_rows(gather_shared(params, cfg, runtime), state.rows.adapter[slot][None])
     positions = start + jnp.arange(tokens.shape[0], dtype=jnp.int32)
     positions = jnp.where(positions < length - 1, positions, -1)
-    table = state.table[slot][None]
+    tables = tuple(table[slot][None] for table in state.tables)
     hidden = hidden_states(
         params,
         cfg,
         tokens[None],
         positions=positions[None],
-        cache=state.cache(table),
+        cache=state.cache(tables),
         last=(length - 1)[None],
         runtime=runtime,
     )
-    return state.with_cache(hidden.cache), hidden.x[0]
+    return state.with_cache(hidden.cache).placed(runtime.shard), runtime.shard(hidden.x[0], None, None)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "runtime"))
 def score(params: Params, x: jax.Array, tokens: jax.Array, *, cfg: ModelConfig, runtime: Runtime) -> Logprobs:
     """The log-probabilities of the tokens int32 [C] behind those that the layers made x [C, D] of."""
-    return Logprobs.of(unembed(gather_shared(params, cfg, runtime), cfg, x, runtime), tokens)
+    logits = unembed(gather_shared(params, cfg, runtime), cfg, x, runtime)
+    return Logprobs.of(runtime.shard(logits, None, None), tokens)
 
 
 @functools.partial(jax.jit, donate_argnames="state")
@@ -95,7 +109,7 @@ def allow(state: State, slot: jax.Array, tokens: jax.Array) -> State:
 def release(state: State, slot: jax.Array) -> State:
     """Takes a slot, and its pages, from its request."""
     rows = state.rows.replace(position=state.rows.position.at[slot].set(IDLE))
-    return state.replace(table=state.table.at[slot].set(NOWHERE), rows=rows)
+    return state.replace(tables=tuple(table.at[slot].set(NOWHERE) for table in state.tables), rows=rows)
 
 
 @functools.partial(jax.jit, static_argnames=("most", "cfg", "runtime"), donate_argnames="state")
@@ -106,8 +120,8 @@ def decode(
 
     A slot goes idle behind a stop id, which is told too, and behind the last token of its request.
     """
-    params = gather_shared(params, cfg, runtime)
-    slots = state.table.shape[0]
+    params = with_rows(gather_shared(params, cfg, runtime), state.rows.adapter)
+    slots = state.rows.token.shape[0]
     nothing = Logprobs.nothing(slots, most, vocab_size=cfg.vocab_size)
     made = Decoded(jnp.full((slots, most), NO_TOKEN, jnp.int32), nothing)
 
@@ -133,10 +147,11 @@ def _step(params: Params, state: State, cfg: ModelConfig, runtime: Runtime) -> t
         cfg,
         rows.token[:, None],
         positions=rows.position[:, None],
-        cache=state.cache(state.table),
+        cache=state.cache(state.tables),
         runtime=runtime,
     )
-    tokens, logprobs = choose(unembed(params, cfg, hidden.x[:, 0], runtime), rows)
+    logits = unembed(params, cfg, hidden.x[:, 0], runtime)
+    tokens, logprobs = choose(runtime.shard(logits, None, None), rows)
     place = rows.position + 1
     stopped = jnp.take_along_axis(rows.stops, tokens[:, None], axis=1)[:, 0]
     goes_on = active & ~stopped & (place < rows.end)
@@ -146,4 +161,4 @@ def _step(params: Params, state: State, cfg: ModelConfig, runtime: Runtime) -> t
         counts=rows.counts.add(tokens, active),
     )
     made = Decoded(jnp.where(active, tokens, NO_TOKEN), logprobs)
-    return state.with_cache(hidden.cache).replace(rows=rows), made
+    return state.with_cache(hidden.cache).replace(rows=rows).placed(runtime.shard), made

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from jaxformers.infer.engine.adapters import Adapter
 from jaxformers.infer.request import QueueFull, Request
 
 
@@ -16,6 +18,7 @@ class Waiting:
     number: int
     request: Request = field(compare=False)
     seed: int = field(compare=False)
+    adapter: Adapter | None = field(compare=False, default=None)
 
 
 class Queue:
@@ -28,6 +31,10 @@ class Queue:
 
     def __len__(self) -> int:
         return len(self._heap)
+
+    def __iter__(self) -> Iterator[Waiting]:
+        """All that wait, in no order."""
+        return iter(self._heap)
 
     def put(self, waiting: Waiting) -> None:
         """QueueFull where there is no room for it."""

@@ -10,13 +10,15 @@ import numpy as np
 from jaxformers.infer.engine.choosing import Logprobs
 from jaxformers.infer.engine.pages import Digest
 from jaxformers.infer.engine.queue import Waiting
+from jaxformers.infer.engine.recent import Held
 from jaxformers.infer.request import Event, Finish, Request, TokenLogprobs
 
 
 @dataclass(eq=False)
 class Running:
-    """pages: all that it will ever need. digests: of its prompt's whole pieces. read: how many tokens of its prompt are
-    in the cache, of which `cached` were found there. started: whether its slot makes tokens. made: how many came."""
+    """pages: all that it will ever need. recent: those of layers that look back only so far. digests: of its prompt's
+    whole pieces. read: how many tokens of its prompt are in the cache, of which `cached` were found there. started:
+    whether its slot makes tokens. made: how many came."""
 
     waited: Waiting
     slot: int
@@ -24,6 +26,7 @@ class Running:
     digests: list[Digest]
     read: int
     cached: int
+    recent: Held = field(default_factory=dict)
     started: bool = False
     made: int = 0
     scored: list[TokenLogprobs] = field(default_factory=list)
@@ -41,6 +44,11 @@ class Running:
     def is_read(self) -> bool:
         """Whether all of its prompt is in the cache but the last token, which decoding begins with."""
         return self.read >= len(self.request.prompt) - 1
+
+    @property
+    def position(self) -> int:
+        """Where its newest token stands, once it makes some."""
+        return len(self.request.prompt) - 1 + self.made
 
     def piece(self, size: int) -> np.ndarray:
         """The tokens to be read next, and the one behind them: int32 [size + 1], zeros behind the prompt's end."""

@@ -6,6 +6,7 @@ B slots, V vocabulary, W pages of a slot at most
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -13,10 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxformers.infer.engine.sizes import Sizes
 from jaxformers.infer.request import Request
 from jaxformers.infer.sampling import SamplingParams, TokenCounts
 from jaxformers.models.config import ModelConfig
-from jaxformers.models.paged import NOWHERE, Paged, init_pools
+from jaxformers.models.paged import NOWHERE, Paged, Pool, init_pools
+from jaxformers.models.runtime import Runtime
 
 IDLE = -1  # the position of a slot that makes no tokens
 
@@ -30,6 +33,7 @@ class Rows:
     end: jax.Array  # int32; the position of the last token that may come
     quiet_end: jax.Array  # int32; up to here no stop id may come
     tells: jax.Array  # bool; log-probabilities are wanted
+    adapter: jax.Array  # int32; the number of its adapter, 0 for none
     sampling: SamplingParams
     counts: TokenCounts
     bias: jax.Array  # float32 [V]; added to logits
@@ -39,22 +43,38 @@ class Rows:
 
 @flax.struct.dataclass
 class State:
-    """`pools` of pages, one dict a layer; `table` int32 [B, W], each slot's pages; and its `rows`."""
+    """`pools` of pages, one dict a layer; `tables`, each slot's pages int32 [B, W]: one for layers that look back all
+    the way, and where some keep no more than they look back at, one for those: `recent` says which they are; and
+    `rows`."""
 
-    pools: list[dict[str, jax.Array]]
-    table: jax.Array
+    pools: list[dict[str, Pool]]
+    tables: tuple[jax.Array, ...]
     rows: Rows
+    recent: tuple[bool, ...] = flax.struct.field(pytree_node=False)
 
-    def cache(self, table: jax.Array) -> list[dict[str, Paged]]:
+    def cache(self, tables: tuple[jax.Array, ...]) -> list[dict[str, Paged]]:
         """The model's cache of rows with these pages."""
-        return [{name: Paged(pool, table) for name, pool in layer.items()} for layer in self.pools]
+        return [
+            {name: Paged(pool, tables[recent]) for name, pool in layer.items()}
+            for recent, layer in zip(self.recent, self.pools, strict=True)
+        ]
+
+    def with_pages(self, slot: jax.Array, tables: tuple[jax.Array, ...]) -> State:
+        """With these pages int32 [W] of a slot."""
+        return self.replace(tables=tuple(old.at[slot].set(new) for old, new in zip(self.tables, tables, strict=True)))
+
+    def placed(self, shard: Callable[..., jax.Array]) -> State:
+        """With pools split over kv heads, as far as these can be split, and all else whole on every device."""
+        split = jax.tree.map(lambda pool: shard(pool, None, "kv_heads", *(None,) * (pool.ndim - 2)), self.pools)
+        tables, rows = jax.tree.map(lambda a: shard(a, *(None,) * a.ndim), (self.tables, self.rows))
+        return self.replace(pools=split, tables=tables, rows=rows)
 
     def with_cache(self, cache: list[dict[str, Paged]]) -> State:
         """With what the model wrote."""
         return self.replace(pools=[{name: paged.pool for name, paged in layer.items()} for layer in cache])
 
 
-def new_row(request: Request, seed: int, vocab_size: int) -> Rows:
+def new_row(request: Request, seed: int, vocab_size: int, *, adapter: int = 0) -> Rows:
     """What a request needs of its slot, as NumPy arrays; its first token is still to be prefilled."""
     length = len(request.prompt)
     knobs = SamplingParams.create(1, seed=seed, **{name: getattr(request, name) for name in KNOBS})
@@ -67,6 +87,7 @@ def new_row(request: Request, seed: int, vocab_size: int) -> Rows:
         end=np.int32(length - 1 + request.max_new_tokens),
         quiet_end=np.int32(length - 1 + request.min_new_tokens),
         tells=np.bool_(request.logprobs is not None),
+        adapter=np.int32(adapter),
         sampling=jax.tree.map(lambda values: values[0], knobs),
         counts=TokenCounts(_among(request.prompt, vocab_size), np.zeros(vocab_size, np.int32)),
         bias=bias,
@@ -93,12 +114,14 @@ def _among(ids: Any, vocab_size: int) -> np.ndarray:
     return found
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "slots", "pages", "page_size", "width", "dtype"))
-def init_state(
-    cfg: ModelConfig, *, slots: int, pages: int, page_size: int, width: int, dtype: jax.typing.DTypeLike
-) -> State:
-    """An engine's state before its first request: `pages` pages of `page_size` tokens, `width` of them a slot."""
+@functools.partial(jax.jit, static_argnames=("cfg", "runtime", "sizes"))
+def init_state(*, cfg: ModelConfig, runtime: Runtime, sizes: Sizes) -> State:
+    """An engine's state before its first request."""
     row = new_row(Request(prompt=(0,)), 0, cfg.vocab_size)
-    rows = jax.tree.map(lambda one: jnp.broadcast_to(one, (slots, *np.shape(one))), row)
-    pools = init_pools(cfg, pages, page_size, dtype=dtype)
-    return State(pools, jnp.full((slots, width), NOWHERE, jnp.int32), rows)
+    rows = jax.tree.map(lambda one: jnp.broadcast_to(one, (sizes.slots, *np.shape(one))), row)
+    recent = tuple(sizes.recent_pages is not None and kind.window is not None for kind in cfg.layers)
+    counts = [sizes.recent_pages if few else sizes.pages for few in recent]
+    dtype = runtime.dtype if sizes.cache_dtype is None else jnp.dtype(sizes.cache_dtype)
+    pools = init_pools(cfg, counts, sizes.page_size, dtype=dtype)
+    tables = (jnp.full((sizes.slots, sizes.width), NOWHERE, jnp.int32),) * (2 if any(recent) else 1)
+    return State(pools, tables, rows, recent).placed(runtime.shard)

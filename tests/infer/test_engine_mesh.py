@@ -1,0 +1,156 @@
+"""An engine on a mesh, and several of them side by side, make the tokens of one engine on one device."""
+
+import functools
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from infer.engines import Answer, answers, tokens_of
+from tiny import LLAMA, random_params
+
+from jaxformers.families import read_config
+from jaxformers.infer.engine import Engine, Replicas, sizes
+from jaxformers.infer.request import EngineConfig, QueueFull, Request
+from jaxformers.models.params import model_spec
+from jaxformers.parallel.mesh import MeshConfig, make_mesh, param_shardings, single_device_mesh
+
+CONFIG = EngineConfig(slots=3, max_length=64, page_size=4, prefill_chunk=16, prefill_piece=8, decode_steps=3)
+SHAPES = {
+    "llama": LLAMA | {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 2},
+    "experts": {
+        "model_type": "qwen3_moe",
+        "vocab_size": 300,
+        "hidden_size": 64,
+        "intermediate_size": 48,
+        "moe_intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "decoder_sparse_step": 1,
+        "max_position_embeddings": 64,
+    },
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    jax.config.update("jax_disable_most_optimizations", True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sizes, "KEY_BLOCK", 16)
+        yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@functools.cache
+def loaded(name, **sizes):
+    """A model as `jf.load` returns it, on a mesh of as many devices as it takes."""
+    cfg = read_config(SHAPES[name])
+    count = int(np.prod(list(sizes.values()), dtype=int))
+    mesh = make_mesh(MeshConfig(**{"fsdp": 1} | sizes), devices=jax.devices()[:count])
+    params = jax.device_put(random_params(cfg), param_shardings(model_spec(cfg), mesh))
+    return SimpleNamespace(config=cfg, params=params, mesh=mesh, dtype="float32")
+
+
+def requests():
+    draw = np.random.default_rng(0)
+    prompts = [draw.integers(0, 300, length).tolist() for length in (1, 9, 30, 17)]
+    settings = {"max_new_tokens": 8, "logprobs": 2, "prompt_logprobs": 1}
+    return [Request(prompt=p, temperature=0.0, **settings) for p in prompts] + [
+        Request(prompt=prompts[2], temperature=1.2, seed=3, max_new_tokens=8, logprobs=0)
+    ]
+
+
+def numbers(answer):
+    return [told.logprob for told in [*answer.logprobs, *(answer.prompt_logprobs or ())[1:]]]
+
+
+@functools.cache
+def alone(name):
+    return answers(Engine(loaded(name), CONFIG), requests())
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "kv_heads"),
+    [
+        ("llama", {"tp": 4}, 2),  # more devices than kv heads, which all of them hold
+        ("experts", {"ep": 2, "tp": 2}, 1),
+        slow("llama", {"fsdp": 2, "tp": 2}, 1),
+        slow("experts", {"ep": 4}, 2),
+    ],
+    ids=str,
+)
+def test_a_mesh_makes_the_tokens_of_one_device_and_compiles_nothing_once_it_is_ready(name, sizes, kv_heads):
+    engine = Engine(loaded(name, **sizes), CONFIG)
+    engine.warm_up()
+    for ours, truth in zip(answers(engine, requests()), alone(name), strict=True):
+        assert ours.tokens == truth.tokens
+        np.testing.assert_allclose(numbers(ours), numbers(truth), atol=1e-5, rtol=0)
+    with jax.set_mesh(single_device_mesh()):  # somebody else's
+        tokens_of(engine, *requests()[::-1])
+    assert engine.stats().compilations_after_ready == 0
+    held = {pool.addressable_shards[0].data.shape[1] for pool in jax.tree.leaves(engine._state.pools)}
+    assert held == {kv_heads}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "line"),
+    [
+        ({"dp": 2}, "mesh: dp=2 makes as many engines, which Replicas.of makes of a model"),
+        ({"cp": 2}, "mesh: cp=2 splits nothing of an engine's work; use tp, ep, fsdp"),
+        ({"ep": 2}, "mesh: ep=2 needs a model with experts, which llama is not; use dp or fsdp"),
+    ],
+    ids=str,
+)
+def test_meshes_on_which_devices_would_repeat_each_other_are_refused(sizes, line):
+    with pytest.raises(ValueError) as refused:
+        Engine(loaded("llama", **sizes), CONFIG)
+    assert str(refused.value) == line
+
+
+def test_replicas_answer_side_by_side_what_one_engine_answers():
+    replicas = Replicas.of(loaded("llama", dp=2), CONFIG)
+    replicas.warm_up()
+    wanted = [*requests(), *requests()]
+    places = [replicas.submit(request) for request in wanted]
+    assert sorted(place % 2 for place in places) == [0] * 5 + [1] * 5
+    gone = replicas.submit(requests()[0])
+    replicas.cancel(gone)
+    found = {place: Answer() for place in [*places, gone]}
+    while replicas.has_work():
+        for event in replicas.step():
+            found[event.request].take(event)
+    assert [found[place].tokens for place in places] == [answer.tokens for answer in alone("llama")] * 2
+    assert found[gone].finish == "cancelled"
+    stats = replicas.stats()
+    assert (stats.finished, stats.cancelled, stats.compilations_after_ready) == (10, 1, 0)
+
+
+class Full:
+    """An engine with so many requests, and room for so many more."""
+
+    def __init__(self, running, room):
+        self.running, self.room, self.taken = running, room, 0
+
+    def stats(self):
+        return SimpleNamespace(running=self.running + self.taken, waiting=0)
+
+    def submit(self, request):
+        if self.taken == self.room:
+            raise QueueFull("full")
+        self.taken += 1
+        return self.taken - 1
+
+
+def test_a_request_goes_to_the_least_loaded_replica_that_has_room():
+    replicas = Replicas([Full(running=2, room=1), Full(running=0, room=2)])
+    assert [replicas.submit(None) for _ in range(3)] == [1, 3, 0]
+    with pytest.raises(QueueFull):
+        replicas.submit(None)
