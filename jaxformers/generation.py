@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from jaxformers.data.stops import StoppableText, split_stops
+from jaxformers.data.stops import StoppableText, Stops, split_stops
 from jaxformers.infer.generate import Finish, Generation, Prepared, prepare_model
 from jaxformers.infer.sampling import SamplingParams
 
@@ -100,7 +100,7 @@ def stream(model: Model, prompts: str | Sequence[Prompt], **settings: Any) -> It
     chosen = Settings(**settings)
     if model.tokenizer is None:
         raise ValueError("this model has no tokenizer; infer.generate continues token ids")
-    rows = [_encode(model, prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
+    rows = [encode(model, prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
     batches = {
         start: _start(model, rows[start : start + chosen.batch_size], chosen, start)
         for start in range(0, len(rows), chosen.batch_size)
@@ -125,16 +125,27 @@ class _Batch(NamedTuple):
 
 def _start(model: Model, rows: Sequence[Sequence[int]], settings: Settings, first_row: int) -> _Batch:
     """A batch that is checked and ready; nothing is computed before it is iterated over."""
-    special, plain = split_stops(settings.stop_texts, model.tokenizer)
-    own_length, own_stops = (model.generation.get(name) for name in ("max_new_tokens", "eos_token_id"))
+    stops = stops_of(model, settings)
     generation = Generation(
         prepared(model),
         rows,
-        max_new_tokens=_first_given(settings.max_new_tokens, own_length, DEFAULT_NEW_TOKENS),
+        max_new_tokens=new_tokens(settings, model),
         sampling=sampling_params(settings, model.generation, len(rows), first_row),
-        stop_ids=[*settings.stop_ids, *special, *model.tokenizer.stop_ids, *_as_list(own_stops)],
+        stop_ids=stops.ids,
     )
-    return _Batch(generation, [StoppableText(model.tokenizer, plain, prompt=row) for row in rows])
+    return _Batch(generation, [StoppableText(model.tokenizer, stops.texts, prompt=row) for row in rows])
+
+
+def new_tokens(settings: Settings, model: Model) -> int:
+    """How many tokens a continuation has at most."""
+    return _first_given(settings.max_new_tokens, model.generation.get("max_new_tokens"), DEFAULT_NEW_TOKENS)
+
+
+def stops_of(model: Model, settings: Settings) -> Stops:
+    """All that ends a continuation: what the settings, the tokenizer and the model's own settings name."""
+    special, plain = split_stops(settings.stop_texts, model.tokenizer)
+    own = _as_list(model.generation.get("eos_token_id"))
+    return Stops([*settings.stop_ids, *special, *model.tokenizer.stop_ids, *own], plain)
 
 
 def _pieces(batch: _Batch, first_row: int) -> Iterator[Piece]:
@@ -164,7 +175,7 @@ def sampling_params(settings: Settings, generation: Mapping[str, Any], rows: int
     )
 
 
-def _encode(model: Model, prompt: Prompt) -> Sequence[int]:
+def encode(model: Model, prompt: Prompt) -> Sequence[int]:
     """The ids of a prompt; of an empty one, the token that begins a text."""
     tokenizer = model.tokenizer
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)

@@ -1,0 +1,106 @@
+"""Beam search finds the tokens and scores that `transformers` finds."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+import torch
+from families.checkpoints import checkpoint, tokens
+
+from jaxformers.infer.beam import BeamSettings, beam_search
+from jaxformers.infer.generate import prepare_model
+from jaxformers.parallel.mesh import single_device_mesh
+
+EOS = 2  # of every checkpoint here
+NEW = 10
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@functools.cache
+def model(name):
+    c = checkpoint(name)
+    return prepare_model(c.ours.params, c.ours.config, single_device_mesh())
+
+
+@functools.cache
+def prompts():
+    return [tokens(length, seed=length).tolist() for length in (9, 5, 14)]
+
+
+@torch.no_grad()
+def reference(name, prompt, *, stops, **settings):
+    """Tokens, without the one that ends them and what pads them, and scores of one unpadded prompt's beams."""
+    torch.set_num_threads(1)
+    ids = torch.tensor([prompt])
+    made = checkpoint(name).model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=NEW,
+        eos_token_id=stops,
+        pad_token_id=0,
+        num_return_sequences=settings["num_beams"],
+        return_dict_in_generate=True,
+        output_scores=True,
+        **settings,
+    )
+    rows = [row[len(prompt) :].tolist() for row in made.sequences]
+    lengths = [int((indices >= 0).sum()) for indices in made.beam_indices]
+    cut = [row[:length] for row, length in zip(rows, lengths, strict=True)]
+    return [row[:-1] if row[-1] in stops else row for row in cut], made.sequences_scores.numpy()
+
+
+@functools.cache
+def likely_stops(name):
+    """Tokens that come early in beams, so that some of them end: taken for EOS, they change what is found."""
+    found, _ = reference(name, prompts()[0], stops=[EOS], num_beams=3)
+    return [found[0][2], found[1][4]]
+
+
+def assert_found(name, stops, **settings):
+    found = beam_search(model(name), prompts(), BeamSettings(**settings), max_new_tokens=NEW, stop_ids=stops)
+    finishes = set()
+    for prompt, results in zip(prompts(), found, strict=True):
+        rows, scores = reference(name, prompt, stops=stops, **settings)
+        assert [result.tokens for result in results] == rows
+        np.testing.assert_allclose([result.score for result in results], scores, atol=1e-5)
+        finishes |= {result.finish for result in results}
+    return finishes
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2", "deepseek_v3-lite"])
+def test_beams_are_the_references(name):
+    assert_found(name, [EOS], num_beams=3)
+    assert "stop" in assert_found(name, likely_stops(name), num_beams=3)
+
+
+@pytest.mark.parametrize("early_stopping", [True, False, "never"])
+@pytest.mark.parametrize("length_penalty", [-1.0, 0.0, 0.6, 2.0])
+def test_penalties_and_when_to_end_are_the_references(early_stopping, length_penalty):
+    stops = likely_stops("llama")
+    assert_found("llama", stops, num_beams=3, early_stopping=early_stopping, length_penalty=length_penalty)
+
+
+def test_one_beam_is_the_likeliest_token_each_time():
+    assert_found("llama", [EOS], num_beams=1)
+
+
+@pytest.mark.parametrize(
+    "settings, line",
+    [
+        ({"num_beams": 0}, "num_beams is 0; it must be at least 1"),
+        ({"num_beams": 2, "length_penalty": float("nan")}, "length_penalty is nan; it must be finite"),
+        ({"num_beams": 2, "early_stopping": "soon"}, "early_stopping is 'soon'; it must be True, False or 'never'"),
+        ({"num_beams": 34}, "num_beams is 34, which takes 68 continuations with 1 stop ids; this model has 67 tokens"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused(settings, line):
+    with pytest.raises(ValueError, match=line):
+        beam_search(model("llama"), prompts(), BeamSettings(**settings), max_new_tokens=NEW, stop_ids=[EOS])
