@@ -21,9 +21,7 @@ from jaxformers.infer.request import EngineConfig, Event, Request
 if TYPE_CHECKING:
     from jaxformers.api import Model
 
-LONGEST = (
-    8192  # tokens of a prompt and its answer, unless more are asked for: a cache for all of a long context is vast
-)
+LONGEST = 8192  # tokens of a prompt and its answer unless more are asked for: a whole long context takes a vast cache
 
 
 @dataclass
@@ -53,8 +51,8 @@ def generate_file(
     A line of `source` is a JSON string, or an object with `prompt` (a text or token ids) or `messages`, an `id` if it
     has one, and settings of its own. `settings` are those of `generation.Settings`; prompt i draws with seed + i,
     unless it has a seed. Lines of `target`: index, id, text, finish_reason ("stop" or "length"), tokens, prompt_tokens,
-    request (a digest of the line and the settings); or finish_reason "error" and the error. One prompt's error ends no other.
-    Where `target` has answers to these prompts already, only the others are continued.
+    request (a digest of the line and the settings); or finish_reason "error" and the error. One prompt's error ends no
+    other. Where `target` has answers to these prompts already, only the others are continued.
 
     ValueError for settings that are not allowed, for a model without a tokenizer, and for a `target` that is not the
     beginning of such answers.

@@ -1,8 +1,8 @@
 """The files of batch generation: lines of prompts in, lines of answers out, and what a killed run left behind.
 
-An answer names the prompt it is for by `index`, its number among the prompts from 0, and carries a digest of the line and
-the settings it was made from, so that a run goes on only behind answers that it would have made itself. This module knows
-no model.
+An answer names the prompt it is for by `index`, its number among the prompts from 0, and carries a digest of the line
+and the settings it was made from, so that a run goes on only behind answers that it would have made itself. This module
+knows no model.
 """
 
 from __future__ import annotations
@@ -115,7 +115,8 @@ def resume(source: Path, target: Path, settings: Settings) -> Progress:
         raise ValueError(f"{source} cannot be both the prompts and the answers")
     answers = dict(_answers(target)) if target.exists() else {}
     total = 0
-    for total, line in enumerate(read_lines(source), start=1):
+    for line in read_lines(source):
+        total += 1
         found = answers.pop(line.index, None)
         if found is not None and found != line.digest(settings):
             told = f"{target} answers another line, or by other settings, than line {line.number} of {source}"

@@ -127,6 +127,10 @@ def generate(
     frequency_penalty: Annotated[float, typer.Option(help="Subtracted for each time a token was generated.")] = 0.0,
     stop: Annotated[list[str] | None, typer.Option(help="A text that ends the answer; may be repeated.")] = None,
     seed: Seed = None,
+    num_beams: Annotated[int, typer.Option(help="Above 1: beam search, which keeps so many alive.", min=1)] = 1,
+    length_penalty: Annotated[float, typer.Option(help="Of beams: above 0 favours long ones.")] = 1.0,
+    num_return_sequences: Annotated[int, typer.Option(help="Continuations of a prompt, the best first.", min=1)] = 1,
+    best_of: Annotated[int | None, typer.Option(help="Draws of a prompt, of which the best are kept.", min=1)] = None,
     input: Annotated[
         Path | None, typer.Option(help="Lines of JSON, each a prompt: a string, or an object with prompt or messages.")
     ] = None,
@@ -148,6 +152,15 @@ def generate(
         raise ValueError("--input and --output go together")
     if input is not None and (prompts or prompts_file):
         raise ValueError("prompts come from --input, or as arguments and from --prompts-file, not from both")
+    search = {
+        "num_beams": num_beams,
+        "length_penalty": length_penalty,
+        "num_return_sequences": num_return_sequences,
+        "best_of": best_of,
+    }
+    searches = num_beams > 1 or num_return_sequences > 1 or best_of is not None or length_penalty != 1
+    if input is not None and searches:
+        raise ValueError("beams and draws to choose from are for prompts that are no file's, not for --input")
     texts = [] if input is not None else _prompts(prompts or [], prompts_file)
     import jaxformers as jf
 
@@ -167,15 +180,16 @@ def generate(
     if input is not None:
         _generate_file(model, input, output, slots=slots, max_length=max_length, **settings)
         return
-    if len(texts) == 1:
+    if len(texts) == 1 and not searches:
         pieces = jf.stream(model, texts, **settings)  # refuses settings before anything is printed
         print(texts[0], end="", flush=True)
         for piece in pieces:
             print(piece.text, end="", flush=True)
         print()
         return
-    for prompt, text in zip(texts, jf.generate(model, texts, **settings), strict=True):
-        print(f"{prompt}{text}\n")
+    for prompt, found in zip(texts, jf.generate(model, texts, **search, **settings), strict=True):
+        for text in [found] if isinstance(found, str) else found:
+            print(f"{prompt}{text}\n")
 
 
 def _generate_file(model: Any, source: Path, target: Path, **options: Any) -> None:

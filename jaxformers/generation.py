@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -79,14 +79,35 @@ def generate(
     prompts: str | Sequence[Prompt],
     *,
     on_text: Callable[[int, str], None] | None = None,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
+    early_stopping: bool | Literal["never"] = False,
+    num_return_sequences: int = 1,
+    best_of: int | None = None,
     **settings: Any,
-) -> str | list[str]:
+) -> str | list[str] | list[list[str]]:
     """The continuation of one prompt, or of each in a list: its text without the prompt and without a stop string.
 
     A prompt is a text, or the ids of one. `settings` are those of `Settings`. `on_text(row, text)` is told each piece
-    of text as it comes. ValueError, in one line, for a setting that is not allowed and a prompt that cannot be
-    continued.
+    of text as it comes. The others are those of `candidates.Search`: with num_return_sequences above 1, each prompt has
+    a list of texts, the best first. ValueError, in one line, for a setting that is not allowed and a prompt that cannot
+    be continued.
     """
+    from jaxformers.candidates import Search, search
+
+    chosen = Search(
+        num_beams=num_beams,
+        length_penalty=length_penalty,
+        early_stopping=early_stopping,
+        num_return_sequences=num_return_sequences,
+        best_of=best_of,
+    )
+    if not chosen.is_plain:
+        if on_text is not None:
+            raise ValueError("on_text hears of one continuation as it grows; here are several, of which some are kept")
+        found = search(model, [prompts] if isinstance(prompts, str) else prompts, chosen, Settings(**settings))
+        kept = found if num_return_sequences > 1 else [best for (best,) in found]
+        return kept[0] if isinstance(prompts, str) else kept
     texts = [""] * (1 if isinstance(prompts, str) else len(prompts))
     for piece in stream(model, prompts, **settings):
         texts[piece.row] += piece.text

@@ -95,7 +95,9 @@ class EngineConfig:
     slots * max_length. page_size: tokens of a page. prefill_chunk: tokens of a prompt that are read between two
     decoding steps, in pieces of prefill_piece, which stand at multiples of their size; a prefix is found in whole
     pieces. decode_steps: tokens of each request between two looks at the host. queue_requests, queue_tokens: what may
-    wait. prefix_cache: whether prompts find what others have read.
+    wait. prefix_cache: whether prompts find what others have read. speculate: by what the next draft_tokens tokens are
+    guessed, to be verified in one pass: by what followed the same tokens earlier in the text, or by a draft model; it
+    changes no token, and takes the place of decode_steps.
     """
 
     slots: int = 8
@@ -108,6 +110,8 @@ class EngineConfig:
     queue_requests: int = 256
     queue_tokens: int = 1_000_000
     prefix_cache: bool = True
+    speculate: Literal["ngram", "draft"] | None = None
+    draft_tokens: int = 4
 
 
 @dataclass(frozen=True)

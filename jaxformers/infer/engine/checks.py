@@ -15,6 +15,7 @@ from jaxformers.infer.request import EngineConfig, Request
 from jaxformers.infer.sampling import SamplingParams
 from jaxformers.models.config import ModelConfig
 
+UNBOUNDED = ("prefix_cache", "speculate", "queue_requests", "queue_tokens")  # settings that may be anything here
 KEY_BLOCK = 128  # keys that attention looks at together: more wastes time on short rows, fewer on the loop
 
 
@@ -33,7 +34,7 @@ class Sizes:
         """ValueError for sizes that do not fit together, or the model."""
         for name in (field.name for field in fields(config)):
             value = getattr(config, name)
-            if name not in ("prefix_cache", "queue_requests", "queue_tokens") and value is not None and value < 1:
+            if name not in UNBOUNDED and value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         for name, unit in (("prefill_piece", "page_size"), ("prefill_chunk", "prefill_piece")):
             if getattr(config, name) % getattr(config, unit):
