@@ -108,6 +108,7 @@ BAD = [
     ({"prompt": [5, 300]}, "prompt has the id 300, but the model's ids are 0 to 299"),
     ({"prompt": "a" * 60}, "together; this engine's max_length is 64"),
     ({"prompt": "a", "max_new_tokens": 0}, "max_new_tokens is 0"),
+    ({"prompt": "a", "max_new_tokens": 2.5}, "max_new_tokens is 2.5; it must be an integer"),
     ({"prompt": "a", "temperature": "hot"}, "temperature is 'hot'"),
     ({"prompt": "a", "stop": [""]}, "stop is"),
     ({"prompt": "\ud800", "id": "\ud801"}, ""),
