@@ -12,7 +12,7 @@ import sys
 import traceback
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -133,13 +133,43 @@ def generate(
     frequency_penalty: Annotated[float, typer.Option(help="Subtracted for each time a token was generated.")] = 0.0,
     stop: Annotated[list[str] | None, typer.Option(help="A text that ends the answer; may be repeated.")] = None,
     seed: Seed = None,
+    num_beams: Annotated[int, typer.Option(help="Above 1: beam search, which keeps so many alive.", min=1)] = 1,
+    length_penalty: Annotated[float, typer.Option(help="Of beams: above 0 favours long ones.")] = 1.0,
+    num_return_sequences: Annotated[int, typer.Option(help="Continuations of a prompt, the best first.", min=1)] = 1,
+    best_of: Annotated[int | None, typer.Option(help="Draws of a prompt, of which the best are kept.", min=1)] = None,
+    input: Annotated[
+        Path | None, typer.Option(help="Lines of JSON, each a prompt: a string, or an object with prompt or messages.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Where the answers to --input go; a run that was killed goes on there.")
+    ] = None,
+    slots: Annotated[int, typer.Option(help="Prompts of --input continued at a time.", min=1)] = 16,
+    max_length: Annotated[
+        int | None, typer.Option(help="Tokens of a prompt of --input and its answer; none: up to 8192.", min=1)
+    ] = None,
     dtype: ComputeDtype = None,
     ema: Ema = False,
     adapter: Adapter = None,
     adapter_weight: AdapterWeight = None,
 ) -> None:
-    """Continue texts. One prompt is streamed as it grows; several are printed as they are done."""
-    texts = _prompts(prompts or [], prompts_file)
+    """Continue texts. One prompt is streamed as it grows; several are printed as they are done.
+
+    With --input and --output, a line of JSON a prompt is written as each is done, whatever their order.
+    """
+    if (input is None) != (output is None):
+        raise ValueError("--input and --output go together")
+    if input is not None and (prompts or prompts_file):
+        raise ValueError("prompts come from --input, or as arguments and from --prompts-file, not from both")
+    search = {
+        "num_beams": num_beams,
+        "length_penalty": length_penalty,
+        "num_return_sequences": num_return_sequences,
+        "best_of": best_of,
+    }
+    searches = num_beams > 1 or num_return_sequences > 1 or best_of is not None or length_penalty != 1
+    if input is not None and searches:
+        raise ValueError("beams and draws to choose from are for prompts that are no file's, not for --input")
+    texts = [] if input is not None else _prompts(prompts or [], prompts_file)
     import jaxformers as jf
 
     model = jf.load(ref, dtype=dtype, ema=ema, adapter=adapter or (), adapter_weights=adapter_weight or None)
@@ -155,15 +185,44 @@ def generate(
         "stop": tuple(stop or ()),
         "seed": seed,
     }
-    if len(texts) == 1:
+    if input is not None:
+        _generate_file(model, input, output, slots=slots, max_length=max_length, **settings)
+        return
+    if len(texts) == 1 and not searches:
         pieces = jf.stream(model, texts, **settings)  # refuses settings before anything is printed
         print(texts[0], end="", flush=True)
         for piece in pieces:
             print(piece.text, end="", flush=True)
         print()
         return
-    for prompt, text in zip(texts, jf.generate(model, texts, **settings), strict=True):
-        print(f"{prompt}{text}\n")
+    for prompt, found in zip(texts, jf.generate(model, texts, **search, **settings), strict=True):
+        for text in [found] if isinstance(found, str) else found:
+            print(f"{prompt}{text}\n")
+
+
+def _generate_file(model: Any, source: Path, target: Path, **options: Any) -> None:
+    """Answers to a file of prompts, with a progress bar where standard error is a terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from jaxformers.batch import generate_file
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("generating", total=None)
+        done = generate_file(
+            model,
+            source,
+            target,
+            on_progress=lambda s: bar.update(task, total=s.total, completed=s.earlier + s.answered + s.errors),
+            **options,
+        )
+    earlier = f", {done.earlier} of them by earlier runs" if done.earlier else ""
+    print(f"{target}: {done.earlier + done.answered} of {done.total} prompts are answered{earlier}", file=sys.stderr)
+    if done.errors:
+        raise ValueError(
+            f"{done.errors} of {done.total} prompts of {source} have errors, the first in {done.first_error}"
+        )
 
 
 def _prompts(given: list[str], file: Path | None) -> list[str]:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from jaxformers.data.stops import StoppableText, split_stops
+from jaxformers.data.stops import StoppableText, Stops, split_stops
 from jaxformers.infer.generate import Finish, Generation, Prepared, prepare_model
 from jaxformers.infer.sampling import SamplingParams
 
@@ -79,14 +79,35 @@ def generate(
     prompts: str | Sequence[Prompt],
     *,
     on_text: Callable[[int, str], None] | None = None,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
+    early_stopping: bool | Literal["never"] = False,
+    num_return_sequences: int = 1,
+    best_of: int | None = None,
     **settings: Any,
-) -> str | list[str]:
+) -> str | list[str] | list[list[str]]:
     """The continuation of one prompt, or of each in a list: its text without the prompt and without a stop string.
 
     A prompt is a text, or the ids of one. `settings` are those of `Settings`. `on_text(row, text)` is told each piece
-    of text as it comes. ValueError, in one line, for a setting that is not allowed and a prompt that cannot be
-    continued.
+    of text as it comes. The others are those of `candidates.Search`: with num_return_sequences above 1, each prompt has
+    a list of texts, the best first. ValueError, in one line, for a setting that is not allowed and a prompt that cannot
+    be continued.
     """
+    from jaxformers.candidates import Search, search
+
+    chosen = Search(
+        num_beams=num_beams,
+        length_penalty=length_penalty,
+        early_stopping=early_stopping,
+        num_return_sequences=num_return_sequences,
+        best_of=best_of,
+    )
+    if not chosen.is_plain:
+        if on_text is not None:
+            raise ValueError("on_text hears of one continuation as it grows; here are several, of which some are kept")
+        found = search(model, [prompts] if isinstance(prompts, str) else prompts, chosen, Settings(**settings))
+        kept = found if num_return_sequences > 1 else [best for (best,) in found]
+        return kept[0] if isinstance(prompts, str) else kept
     texts = [""] * (1 if isinstance(prompts, str) else len(prompts))
     for piece in stream(model, prompts, **settings):
         texts[piece.row] += piece.text
@@ -100,7 +121,7 @@ def stream(model: Model, prompts: str | Sequence[Prompt], **settings: Any) -> It
     chosen = Settings(**settings)
     if model.tokenizer is None:
         raise ValueError("this model has no tokenizer; infer.generate continues token ids")
-    rows = [_encode(model, prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
+    rows = [encode(model, prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
     batches = {
         start: _start(model, rows[start : start + chosen.batch_size], chosen, start)
         for start in range(0, len(rows), chosen.batch_size)
@@ -125,16 +146,27 @@ class _Batch(NamedTuple):
 
 def _start(model: Model, rows: Sequence[Sequence[int]], settings: Settings, first_row: int) -> _Batch:
     """A batch that is checked and ready; nothing is computed before it is iterated over."""
-    special, plain = split_stops(settings.stop_texts, model.tokenizer)
-    own_length, own_stops = (model.generation.get(name) for name in ("max_new_tokens", "eos_token_id"))
+    stops = stops_of(model, settings)
     generation = Generation(
         prepared(model),
         rows,
-        max_new_tokens=_first_given(settings.max_new_tokens, own_length, DEFAULT_NEW_TOKENS),
+        max_new_tokens=new_tokens(settings, model),
         sampling=sampling_params(settings, model.generation, len(rows), first_row),
-        stop_ids=[*settings.stop_ids, *special, *model.tokenizer.stop_ids, *_as_list(own_stops)],
+        stop_ids=stops.ids,
     )
-    return _Batch(generation, [StoppableText(model.tokenizer, plain, prompt=row) for row in rows])
+    return _Batch(generation, [StoppableText(model.tokenizer, stops.texts, prompt=row) for row in rows])
+
+
+def new_tokens(settings: Settings, model: Model) -> int:
+    """How many tokens a continuation has at most."""
+    return _first_given(settings.max_new_tokens, model.generation.get("max_new_tokens"), DEFAULT_NEW_TOKENS)
+
+
+def stops_of(model: Model, settings: Settings) -> Stops:
+    """All that ends a continuation: what the settings, the tokenizer and the model's own settings name."""
+    special, plain = split_stops(settings.stop_texts, model.tokenizer)
+    own = _as_list(model.generation.get("eos_token_id"))
+    return Stops([*settings.stop_ids, *special, *model.tokenizer.stop_ids, *own], plain)
 
 
 def _pieces(batch: _Batch, first_row: int) -> Iterator[Piece]:
@@ -164,7 +196,7 @@ def sampling_params(settings: Settings, generation: Mapping[str, Any], rows: int
     )
 
 
-def _encode(model: Model, prompt: Prompt) -> Sequence[int]:
+def encode(model: Model, prompt: Prompt) -> Sequence[int]:
     """The ids of a prompt; of an empty one, the token that begins a text."""
     tokenizer = model.tokenizer
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)

@@ -21,6 +21,11 @@ class MetricsNames(StrEnum):
     vllm = "vllm"
 
 
+class Speculate(StrEnum):
+    ngram = "ngram"
+    draft = "draft"
+
+
 class Dtype(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -39,6 +44,13 @@ def serve(
     prefill_chunk: Annotated[int, typer.Option(help="Prompt tokens read between two decoding steps.", min=1)] = 256,
     decode_steps: Annotated[int, typer.Option(help="Tokens between two looks at the host.", min=1)] = 4,
     prefix_cache: Annotated[bool, typer.Option(help="Keep what was read for prompts that begin alike.")] = True,
+    speculate: Annotated[
+        Speculate | None, typer.Option(help="Guess tokens ahead: by what the text said before, or by a draft model.")
+    ] = None,
+    draft_model: Annotated[
+        str | None, typer.Option(help="The smaller model that guesses, of the same vocabulary: a reference.")
+    ] = None,
+    draft_tokens: Annotated[int, typer.Option(help="Tokens guessed at a time.", min=1)] = 4,
     queue_requests: Annotated[int, typer.Option(help="Requests that may wait.", min=1)] = 256,
     queue_tokens: Annotated[int, typer.Option(help="Prompt tokens that may wait.", min=1)] = 1_000_000,
     api_key: Annotated[
@@ -82,6 +94,8 @@ def serve(
         queue_requests=queue_requests,
         queue_tokens=queue_tokens,
         prefix_cache=prefix_cache,
+        speculate=None if speculate is None else speculate.value,
+        draft_tokens=draft_tokens,
     )
     settings = Settings(
         limits=Limits(
@@ -95,6 +109,7 @@ def serve(
         Options(
             address=address,
             engine=engine,
+            draft=draft_model,
             settings=settings,
             name=name,
             pooling=pooling.value,

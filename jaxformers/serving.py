@@ -50,11 +50,13 @@ class Address:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What `serve` may be told beside the reference. name: what clients call the model; None: the reference's own."""
+    """What `serve` may be told beside the reference. name: what clients call the model; None: the reference's own.
+    draft: the reference of the model that guesses, where the engine's settings ask for one."""
 
     address: Address = field(default_factory=Address)
     engine: EngineConfig = field(default_factory=EngineConfig)
     settings: Settings = field(default_factory=Settings)
+    draft: str | None = None
     name: str | None = None
     pooling: Pooling = "mean"
     dtype: str | None = None
@@ -62,14 +64,16 @@ class Options:
     access_log: bool = True
 
 
-def make_engine(model: Model, config: EngineConfig) -> Driven:
+def make_engine(model: Model, config: EngineConfig, draft: Model | None = None) -> Driven:
     """The engine that serves a model."""
     from jaxformers.infer.engine import Engine
 
-    return Engine(prepared(model), config)
+    return Engine(prepared(model), config, draft=None if draft is None else prepared(draft))
 
 
-def served_model(model: Model, config: EngineConfig, *, name: str, pooling: Pooling = "mean") -> Served:
+def served_model(
+    model: Model, config: EngineConfig, *, name: str, pooling: Pooling = "mean", draft: Model | None = None
+) -> Served:
     """A loaded model as a server sees it. ValueError for one without a tokenizer."""
     if model.tokenizer is None:
         raise ValueError(f"{name} has no tokenizer, so it cannot be served")
@@ -82,7 +86,7 @@ def served_model(model: Model, config: EngineConfig, *, name: str, pooling: Pool
     return Served(
         name=name,
         tokenizer=model.tokenizer,
-        engine=make_engine(model, config),
+        engine=make_engine(model, config, draft),
         max_length=config.max_length or model.config.context_length,
         vocab_size=model.config.vocab_size,
         family=model.config.family,
@@ -101,7 +105,9 @@ def serve(ref: str, options: Options) -> None:
     signal.signal(signal.SIGTERM, _leave_quietly)
     listener = listen(options.address)
     model = load(ref, dtype=options.dtype, ema=options.ema)
-    served = served_model(model, options.engine, name=options.name or _own_name(ref), pooling=options.pooling)
+    draft = None if options.draft is None else load(options.draft, dtype=options.dtype)
+    name = options.name or _own_name(ref)
+    served = served_model(model, options.engine, name=name, pooling=options.pooling, draft=draft)
     run(served, options, listener)
 
 

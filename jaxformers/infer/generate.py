@@ -101,7 +101,7 @@ class Generation:
         stop_ids: Sequence[int] = (),
         logprobs: bool = False,
     ):
-        _check_prompts(prompts, model.config, max_new_tokens)
+        check_prompts(prompts, model.config, max_new_tokens)
         self._model, self._prompts, self._max_new_tokens = model, prompts, max_new_tokens
         self._sampling = SamplingParams.create(len(prompts), temperature=0.0) if sampling is None else sampling
         self._stop_ids = frozenset(stop_ids)
@@ -122,13 +122,13 @@ class Generation:
         params, stop_ids = self._model.params, _padded_stop_ids(self._stop_ids)
         longest = max(map(len, self._prompts))
         slots = bucket(longest + self._max_new_tokens)
-        tokens, lengths = _right_padded(self._prompts)
+        tokens, lengths = right_padded(self._prompts)
         state, chunk = _prefill(params, tokens, lengths, self._sampling, slots=slots, **self._static)
         yield self._step(chunk, 1)
         while None in self._finish:
             count = min(CHUNK, self._max_new_tokens - self._done)
             over = np.array([finish is not None for finish in self._finish])
-            read_slots = min(slots, max(SMALLEST_READ, _power_of_two(longest + self._done + count)))
+            read_slots = slots_to_read(longest + self._done + count, slots)
             state, chunk = _decode(
                 params, state, over, count, stop_ids, self._sampling, read_slots=read_slots, **self._static
             )
@@ -160,16 +160,21 @@ class Generation:
 
 def bucket(size: int) -> int:
     """The least of a few sizes, four an octave, that holds `size`: a quarter too much at most, seldom a new shape."""
-    step = max(SMALLEST_BUCKET, _power_of_two(size) // 8)
+    step = max(SMALLEST_BUCKET, power_of_two(size) // 8)
     return -(-size // step) * step
 
 
-def _power_of_two(size: int) -> int:
+def slots_to_read(reach: int, slots: int) -> int:
+    """How much of a cache of `slots` to look at where rows reach up to `reach`: one of few sizes."""
+    return min(slots, max(SMALLEST_READ, power_of_two(reach)))
+
+
+def power_of_two(size: int) -> int:
     """The least power of two that is at least `size`."""
     return 1 << (size - 1).bit_length()
 
 
-def _check_prompts(prompts: Sequence[Sequence[int]], cfg: ModelConfig, max_new_tokens: int) -> None:
+def check_prompts(prompts: Sequence[Sequence[int]], cfg: ModelConfig, max_new_tokens: int) -> None:
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
     if not prompts:
@@ -194,7 +199,7 @@ def _log_past_context(told: str, _context_length: int) -> None:
     log.warning("%s; what comes then may make less sense", told)
 
 
-def _right_padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+def right_padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     """Prompts as int32 [B, T] with T a bucket, and their lengths int32 [B]."""
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     tokens = np.zeros((len(prompts), bucket(int(lengths.max()))), np.int32)
@@ -205,7 +210,7 @@ def _right_padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndar
 
 def _padded_stop_ids(stop_ids: frozenset[int]) -> np.ndarray:
     """int32 [power of two], so that one id more or less compiles nothing."""
-    padded = np.full(_power_of_two(max(8, len(stop_ids))), NO_TOKEN, np.int32)
+    padded = np.full(power_of_two(max(8, len(stop_ids))), NO_TOKEN, np.int32)
     padded[: len(stop_ids)] = sorted(stop_ids)
     return padded
 

@@ -1,5 +1,6 @@
 """An engine makes the tokens that `transformers` makes, for every kind of cache and of position, cold and warm."""
 
+import dataclasses
 import functools
 
 import jax
@@ -65,3 +66,19 @@ def test_engine_tokens_are_the_references_cold_and_warm(name):
     assert tokens_of(engine, *requests) == truth
     assert tokens_of(engine, *requests[::-1]) == truth[::-1]
     assert engine.stats().cached_prompt_tokens
+
+
+GUESSED = ("gemma3_text", "deepseek_v3-lite", "gpt_oss")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in GUESSED else pytest.mark.slow) for name in KINDS[:-1]]
+)
+def test_tokens_that_were_guessed_are_the_references(name):
+    c = checkpoint(name)
+    config = dataclasses.replace(CONFIG, speculate="ngram", draft_tokens=3)
+    engine = Engine(prepare_model(c.ours.params, c.ours.config, single_device_mesh()), config)
+    rows = [row * 2 for row in prompts()[:2]]  # so that there is something to guess by
+    requests = [Request(prompt=row, max_new_tokens=NEW, temperature=0.0, stop_ids=[EOS]) for row in rows]
+    assert tokens_of(engine, *requests) == [reference(name, row) for row in rows]
+    assert engine.stats().drafted_tokens

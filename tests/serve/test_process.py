@@ -118,7 +118,7 @@ def test_the_verb_loads_a_model_and_serves_it_under_its_own_name(model, tmp_path
     save_pretrained(model, tmp_path / "tiny-model")
     seen = {}
 
-    def make_engine(loaded, config):
+    def make_engine(loaded, config, draft):
         seen["config"] = config
         return Talker(max_length=config.max_length, vocab_size=loaded.config.vocab_size)
 
@@ -129,9 +129,10 @@ def test_the_verb_loads_a_model_and_serves_it_under_its_own_name(model, tmp_path
     monkeypatch.setattr(serving, "make_engine", make_engine)
     monkeypatch.setattr(serving, "run", run)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    outcome = command("serve", tmp_path / "tiny-model", "--port", 0, "--slots", 3, "--max-length", 48, "--api-key", "k")
+    extra = ("--api-key", "k", "--speculate", "ngram", "--draft-tokens", 2)
+    outcome = command("serve", tmp_path / "tiny-model", "--port", 0, "--slots", 3, "--max-length", 48, *extra)
     assert outcome.code == 0, outcome
-    assert seen["config"] == EngineConfig(slots=3, max_length=48)
+    assert seen["config"] == EngineConfig(slots=3, max_length=48, speculate="ngram", draft_tokens=2)
     served = seen["served"]
     assert (served.name, served.max_length, served.vocab_size, served.family) == ("tiny-model", 48, 300, "llama")
     assert seen["options"].settings.access.keys == ("k",)

@@ -38,6 +38,9 @@ def check_request(request: Request, cfg: ModelConfig, config: EngineConfig, size
 
 def _check_budget(request: Request, config: EngineConfig, sizes: Sizes) -> None:
     length, new = len(request.prompt), request.max_new_tokens
+    for name in ("max_new_tokens", "min_new_tokens"):
+        if not isinstance(getattr(request, name), Integral):
+            raise ValueError(f"{name} is {getattr(request, name)!r}; it must be an integer")
     if new < 0 or (new == 0 and request.prompt_logprobs is None):
         raise ValueError(f"max_new_tokens is {new}; it must be at least 1, or 0 where prompt_logprobs are wanted")
     if not 0 <= request.min_new_tokens <= new:

@@ -22,12 +22,13 @@ from jaxformers.infer.engine import programs
 from jaxformers.infer.engine.adapters import Adapters, salt_of
 from jaxformers.infer.engine.checks import check_request, pages_needed
 from jaxformers.infer.engine.compilations import compilations
+from jaxformers.infer.engine.drafting import make_drafter
 from jaxformers.infer.engine.pages import Pages, piece_digests
 from jaxformers.infer.engine.placement import engine_runtime, mesh_of
 from jaxformers.infer.engine.queue import Queue, Waiting
 from jaxformers.infer.engine.recent import Held, Recent
 from jaxformers.infer.engine.running import Running, told
-from jaxformers.infer.engine.sizes import Sizes
+from jaxformers.infer.engine.sizes import Sizes, tokens_at_once
 from jaxformers.infer.engine.state import init_state, new_row
 from jaxformers.infer.generate import Prepared, prepare_model
 from jaxformers.infer.request import EngineConfig, EngineStats, Event, Finish, Request
@@ -52,13 +53,18 @@ class Engine:
     """Answers requests with one model; see `infer.request.Driven` for how it is driven.
 
     A request is taken from the queue once there is a slot and room for all its tokens, so nothing that runs is ever put
-    back. While a request with a constraint runs, every slot makes one token a step. ValueError for sizes that do not
-    fit together.
+    back. While a request with a constraint runs, every slot makes one token a step. `draft` is the smaller model that
+    guesses tokens where `config.speculate` is "draft". ValueError for sizes, or models, that do not fit together.
     """
 
-    def __init__(self, model: Loaded | Prepared, config: EngineConfig = EngineConfig()):
-        if not isinstance(model, Prepared):
-            model = prepare_model(model.params, model.config, model.mesh, dtype=model.dtype)
+    def __init__(
+        self,
+        model: Loaded | Prepared,
+        config: EngineConfig = EngineConfig(),
+        *,
+        draft: Loaded | Prepared | None = None,
+    ):
+        model, draft = _prepared(model), None if draft is None else _prepared(draft)
         self.config, self._cfg = config, model.config
         self._sizes = sizes = Sizes.of(config, model.config)
         self._mesh = mesh_of(model.params)
@@ -69,6 +75,8 @@ class Engine:
             self._state = init_state(**self._model, sizes=sizes)
         self._adapters = Adapters(model, config, replicated(self._mesh))
         self._params = self._adapters.params
+        self._drafter = make_drafter(config, model.config, sizes, draft, self._mesh)
+        self._most = tokens_at_once(config)
         self.pages = Pages(sizes.pages)
         self._piece_pages = config.prefill_piece // config.page_size
         self.recent = _recent(sizes, config)
@@ -80,7 +88,17 @@ class Engine:
         self._left: list[int] = []  # cancelled while they waited, but not told yet
         self._ready = False
         self._sums = dict.fromkeys(
-            ("prompt_tokens", "cached_prompt_tokens", "new_tokens", "finished", "cancelled", "compilations"), 0
+            (
+                "prompt_tokens",
+                "cached_prompt_tokens",
+                "new_tokens",
+                "finished",
+                "cancelled",
+                "compilations",
+                "drafted_tokens",
+                "accepted_tokens",
+            ),
+            0,
         )
 
     @property
@@ -185,7 +203,9 @@ class Engine:
         programs.score(self._params, x, nothing, **self._model)
         self._state = programs.start(self._state, slot, np.int32(0), np.int32(0))
         self._state = programs.allow(self._state, slot, np.ones(vocab_size, bool))
-        self._make_tokens(1)
+        if self._drafter is not None:
+            self._drafter.read(self._state, slot, nothing, np.int32(0), np.int32(1))
+        self._make_tokens([], 1)
         self._state = programs.release(self._state, slot)
 
     # Coming and going
@@ -302,6 +322,8 @@ class Engine:
         self._state, x = programs.prefill_chunk(
             self._params, self._state, slot, tokens[:-1], position, np.int32(length), **self._model
         )
+        if self._drafter is not None:
+            self._drafter.read(self._state, slot, tokens[:-1], position, np.int32(length))
         if run.request.prompt_logprobs is not None:
             count = min(size, length - 1 - run.read)
             logprobs = jax.device_get(programs.score(self._params, x, tokens[1:], **self._model))
@@ -357,19 +379,32 @@ class Engine:
         started = [run for run in self._running.values() if run.started]
         if not started:
             return events
-        count = 1 if constrained else self.config.decode_steps
+        count = 1 if constrained else self._most
         for run in started:
             end = len(run.request.prompt) + run.request.max_new_tokens - 1
             self._move(run, run.position, min(run.position + count, end))
-        made = self._make_tokens(count)
+        made = self._make_tokens(started, count)
         return events + [self._take(run, made) for run in started]
 
-    def _make_tokens(self, count: int) -> programs.Decoded:
-        """What one call of the decoder made, on the host."""
+    def _make_tokens(self, started: list[Running], count: int) -> programs.Decoded:
+        """What one call of the decoder made, on the host: up to `count` tokens, or as many as were guessed right."""
+        if self._drafter is not None:
+            return self._verify([run for run in started if run.request.constraint is None])
         self._state, made = programs.decode(
             self._params, self._state, np.int32(count), most=self.config.decode_steps, **self._model
         )
         return jax.device_get(made)
+
+    def _verify(self, free: list[Running]) -> programs.Decoded:
+        """What came of guesses for those whose next tokens may be any."""
+        assert self._drafter is not None
+        guesses = self._drafter.guess(self._state, free)
+        self._state, made = programs.verify(self._params, self._state, guesses, **self._model)
+        guesses, made = jax.device_get((guesses, made))
+        self._sums["drafted_tokens"] += int((guesses != programs.NO_TOKEN).sum())
+        right = (guesses != programs.NO_TOKEN) & (guesses == made.tokens[:, :-1])
+        self._sums["accepted_tokens"] += int(right.sum())
+        return made
 
     def _take(self, run: Running, made: programs.Decoded) -> Event:
         """What a call made for one request, which ends with it if it is over."""
@@ -382,6 +417,8 @@ class Engine:
         if error is not None:
             tokens, finish, logprobs = [], "error", None
         run.made += len(tokens)
+        if self._drafter is not None:
+            self._drafter.note(run, tokens)
         self._sums["new_tokens"] += len(tokens)
         event = run.event(tokens, finish, logprobs=logprobs, error=error)
         if finish is not None:
@@ -415,6 +452,12 @@ class Engine:
         except Exception as error:  # as above
             return one_line(error)
         return None
+
+
+def _prepared(model: Loaded | Prepared) -> Prepared:
+    if isinstance(model, Prepared):
+        return model
+    return prepare_model(model.params, model.config, model.mesh, dtype=model.dtype)
 
 
 def checked_mask(mask: np.ndarray, vocab_size: int) -> np.ndarray:

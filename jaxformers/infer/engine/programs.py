@@ -6,6 +6,7 @@ B slots, C tokens of a piece of a prompt, V vocabulary, W pages of a slot at mos
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import flax.struct
 import jax
@@ -69,8 +70,7 @@ def prefill_chunk(
     in one way.
     """
     params = with_rows(gather_shared(params, cfg, runtime), state.rows.adapter[slot][None])
-    positions = start + jnp.arange(tokens.shape[0], dtype=jnp.int32)
-    positions = jnp.where(positions < length - 1, positions, -1)
+    positions = piece_positions(tokens, start, length)
     tables = tuple(table[slot][None] for table in state.tables)
     hidden = hidden_states(
         params,
@@ -82,6 +82,12 @@ def prefill_chunk(
         runtime=runtime,
     )
     return state.with_cache(hidden.cache).placed(runtime.shard), runtime.shard(hidden.x[0], None, None)
+
+
+def piece_positions(tokens: jax.Array, start: jax.Array, length: jax.Array) -> jax.Array:
+    """int32 [C]: where the tokens of a piece that begins at `start` stand; -1 from a prompt's last one on."""
+    positions = start + jnp.arange(tokens.shape[0], dtype=jnp.int32)
+    return jnp.where(positions < length - 1, positions, -1)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "runtime"))
@@ -152,13 +158,80 @@ def _step(params: Params, state: State, cfg: ModelConfig, runtime: Runtime) -> t
     )
     logits = unembed(params, cfg, hidden.x[:, 0], runtime)
     tokens, logprobs = choose(runtime.shard(logits, None, None), rows)
+    made = Decoded(jnp.where(active, tokens, NO_TOKEN), logprobs)
+    rows = after(rows, tokens, active).rows
+    return state.with_cache(hidden.cache).replace(rows=rows).placed(runtime.shard), made
+
+
+class After(NamedTuple):
+    """Rows that took a token, and which of those that did may take another, bool [B]."""
+
+    rows: Rows
+    goes_on: jax.Array
+
+
+def after(rows: Rows, tokens: jax.Array, active: jax.Array) -> After:
+    """Rows behind one more token int32 [B] of each `active` [B] one; the others stay as they are."""
     place = rows.position + 1
     stopped = jnp.take_along_axis(rows.stops, tokens[:, None], axis=1)[:, 0]
     goes_on = active & ~stopped & (place < rows.end)
     rows = rows.replace(
         token=jnp.where(active, tokens, rows.token),
-        position=jnp.where(goes_on, place, IDLE),
+        position=jnp.where(active, jnp.where(goes_on, place, IDLE), rows.position),
         counts=rows.counts.add(tokens, active),
     )
-    made = Decoded(jnp.where(active, tokens, NO_TOKEN), logprobs)
+    return After(rows, goes_on)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "runtime"), donate_argnames="state")
+def verify(
+    params: Params, state: State, guesses: jax.Array, *, cfg: ModelConfig, runtime: Runtime
+) -> tuple[State, Decoded]:
+    """One to k + 1 more tokens in every slot that makes some, in one pass over guesses int32 [B, k] of them (NO_TOKEN:
+    none); n is k + 1.
+
+    Each token is the one that the model chooses there, with the noise of its place: a guess that is another ends the
+    slot's part of this call, and what was read of it and behind it is overwritten before anything sees it. So tokens
+    are those that come without guesses, drawn ones too; rejection sampling (arXiv:2211.17192) would keep no more than
+    their distribution.
+    """
+    params = with_rows(gather_shared(params, cfg, runtime), state.rows.adapter)
+    rows, (slots, count) = state.rows, guesses.shape
+    guessed = jnp.cumprod(guesses != NO_TOKEN, axis=1, dtype=jnp.int32) > 0
+    is_read = jnp.concatenate([jnp.ones((slots, 1), bool), guessed], axis=1)
+    places = rows.position[:, None] + jnp.arange(count + 1, dtype=jnp.int32)
+    is_read &= (rows.position != IDLE)[:, None] & (places < rows.end[:, None])
+    hidden = hidden_states(
+        params,
+        cfg,
+        jnp.concatenate([rows.token[:, None], jnp.maximum(guesses, 0)], axis=1),
+        positions=jnp.where(is_read, places, -1),
+        cache=state.cache(state.tables),
+        runtime=runtime,
+    )
+    logits = unembed(params, cfg, hidden.x.reshape(slots * (count + 1), -1), runtime)
+    logits = runtime.shard(logits.reshape(slots, count + 1, -1), None, None, None)
+    rows, made = _accept(logits, rows, guesses)
     return state.with_cache(hidden.cache).replace(rows=rows).placed(runtime.shard), made
+
+
+def _accept(logits: jax.Array, rows: Rows, guesses: jax.Array) -> tuple[Rows, Decoded]:
+    """The tokens chosen by float32 logits [B, n, V], as long as the guesses int32 [B, n - 1] before them were right."""
+    slots, most, vocab_size = logits.shape
+    nothing = Logprobs.nothing(slots, most, vocab_size=vocab_size)
+    made = Decoded(jnp.full((slots, most), NO_TOKEN, jnp.int32), nothing)
+    guesses = jnp.pad(guesses, ((0, 0), (0, 1)), constant_values=NO_TOKEN)
+
+    def goes_on(carry: tuple[jax.Array, Rows, jax.Array, Decoded]) -> jax.Array:
+        return carry[2].any()
+
+    def extend(carry: tuple[jax.Array, Rows, jax.Array, Decoded]) -> tuple[jax.Array, Rows, jax.Array, Decoded]:
+        i, rows, going, made = carry
+        tokens, logprobs = choose(jax.lax.dynamic_index_in_dim(logits, i, axis=1, keepdims=False), rows)
+        new = Decoded(jnp.where(going, tokens, NO_TOKEN), logprobs)
+        made = jax.tree.map(lambda every, one: every.at[:, i].set(one), made, new)
+        rows, may_go_on = after(rows, tokens, going)
+        return i + 1, rows, may_go_on & (tokens == guesses[:, i]), made
+
+    _, rows, _, made = jax.lax.while_loop(goes_on, extend, (jnp.int32(0), rows, rows.position != IDLE, made))
+    return rows, made

@@ -15,6 +15,7 @@ FREE = (
     "queue_tokens",
     "cache_dtype",
     "adapters",
+    "speculate",
 )  # fields that may be 0, or are no numbers
 CACHE_DTYPES = (None, "int8")
 
@@ -84,8 +85,13 @@ def _recent_tokens(config: EngineConfig, window: int) -> int:
     """Twice what all slots may look back at: a slot finds room whatever the others do, and what prompts have left
     behind can be found for a while."""
     piece = config.prefill_piece
-    held = -(-(window - 1 + config.decode_steps) // piece) + 1  # pieces at most that a slot's queries look at
+    held = -(-(window - 1 + tokens_at_once(config)) // piece) + 1  # pieces at most that a slot's queries look at
     return 2 * config.slots * held * piece
+
+
+def tokens_at_once(config: EngineConfig) -> int:
+    """The tokens that a slot makes between two looks at the host, at most."""
+    return config.decode_steps if config.speculate is None else config.draft_tokens + 1
 
 
 def _round_up(value: int, unit: int) -> int:
