@@ -10,7 +10,7 @@ from scipy import special
 from tiny import LLAMA, random_params
 
 from jaxformers.families import read_config
-from jaxformers.infer.engine import Engine, checks
+from jaxformers.infer.engine import Engine, sizes
 from jaxformers.infer.engine.drafting import Text
 from jaxformers.infer.generate import prepare_model
 from jaxformers.infer.request import EngineConfig, Request
@@ -25,7 +25,7 @@ CONFIG = EngineConfig(slots=3, page_size=4, prefill_chunk=16, prefill_piece=8, d
 def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checks, "KEY_BLOCK", 32)
+        patch.setattr(sizes, "KEY_BLOCK", 32)
         yield
     jax.config.update("jax_disable_most_optimizations", False)
 
