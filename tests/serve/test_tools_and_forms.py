@@ -7,8 +7,6 @@ import openai
 import pytest
 from talker import talkative_tokenizer
 
-pytest.importorskip("jaxformers.serve.tools")
-
 WEATHER = {
     "type": "function",
     "function": {
