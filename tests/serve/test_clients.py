@@ -8,7 +8,8 @@ import pytest
 from pydantic import BaseModel, Field
 from real_model import NAME, log_probabilities
 
-pytestmark = [pytest.mark.xdist_group("real server"), pytest.mark.filterwarnings("ignore")]  # warnings of the clients' own
+# The clients' own warnings are no concern of ours.
+pytestmark = [pytest.mark.xdist_group("real server"), pytest.mark.filterwarnings("ignore")]
 WHY = "{} is not installed: pip install 'jaxformers[clients]'"
 PAIRS = [("the quick brown", " fox"), ("1 + 1 =", " 2"), ("", "naïve café"), ("x", "y")]
 
@@ -44,12 +45,13 @@ def test_langchain_gets_the_type_that_it_asks_for(langchain, method):
 def test_langchain_binds_tools_and_gives_their_results_back(langchain):
     from langchain_core.messages import HumanMessage, ToolMessage
 
-    answer = langchain.bind_tools([Mood], tool_choice="any").invoke("hello")
+    answer = langchain.bind_tools([Mood], tool_choice="any", parallel_tool_calls=False).invoke("hello")
     [call, *_] = answer.tool_calls
     assert call["name"] == "Mood"
     assert call["args"]["mood"] in ("good", "bad")
     results = [ToolMessage("noted", tool_call_id=call["id"]) for call in answer.tool_calls]
-    assert langchain.bind_tools([Mood]).invoke([HumanMessage("hello"), answer, *results]).usage_metadata
+    said = [HumanMessage("hello"), answer, *results]
+    assert langchain.bind_tools([Mood]).invoke(said, max_tokens=4).usage_metadata
 
 
 @pytest.fixture(scope="module")
@@ -78,12 +80,12 @@ def test_lm_eval_reads_the_models_own_log_likelihoods(lm_eval, model):
     asked = [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(PAIRS)]
     ours = lm_eval.loglikelihood(asked)
     for (context, continuation), (likelihood, is_greedy) in zip(PAIRS, ours, strict=True):
-        before = context.encode() or [model.tokenizer.eos_id]
+        before = context.encode() or [model.tokenizer.bos_id]
         truth, is_best = truth_of(model, before, continuation.encode())
         assert likelihood == pytest.approx(truth, abs=1e-4)
         assert is_greedy == is_best
     rolling = lm_eval.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, ("a whole text",), 0)])
-    truth, _ = truth_of(model, [model.tokenizer.eos_id], b"a whole text")
+    truth, _ = truth_of(model, [model.tokenizer.bos_id], b"a whole text")
     assert rolling[0] == pytest.approx(truth, abs=1e-4)
 
 

@@ -118,7 +118,9 @@ def test_the_metrics_are_those_of_the_engine(real):
     for _ in range(2):
         assert real.post("/v1/completions", body).status_code == 200
     after = read()
-    grown = {metric: after[name_of(metric)] - before[name_of(metric)] for metric in ("new_tokens_total", "prefix_hits_total")}
+    grown = {
+        metric: after[name_of(metric)] - before[name_of(metric)] for metric in ("new_tokens_total", "prefix_hits_total")
+    }
     assert grown == {"new_tokens_total": 18, "prefix_hits_total": 64}  # two pieces of 32 ids, read once
     assert after[name_of("compilations_total")] == after[name_of("preemptions_total")] == 0
 
