@@ -5,10 +5,10 @@ B batch, T time, D model, V vocabulary
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
-import functools
 import flax.struct
 import jax
 import jax.numpy as jnp
