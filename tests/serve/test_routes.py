@@ -142,7 +142,7 @@ def test_templates_read_arguments_of_earlier_calls_as_objects():
     [
         "{{ '```json\n' + arguments + '\n```' }}",  # DeepSeek V3's way, which fails on an object
         "```json\n{{ arguments }}\n```",
-        "```json\n{% if arguments is string %}{{ arguments }}{% else %}{{ arguments | tojson }}{% endif %}\n```",
+        "```json\n{{ arguments if arguments is string else arguments | tojson }}\n```",
         "```json\n{{ arguments | tojson }}\n```",
     ],
 )
