@@ -110,3 +110,15 @@ def test_the_stream_of_a_mixture_is_the_same_after_a_resume_and_for_any_number_o
     assert "the same stream: False" not in told
     assert told.count(" is refused: ") == 2
     assert "goes on, the same up to row 400: True" in told
+
+
+def test_the_served_model_answers_in_the_form_that_is_asked_and_ends_when_told(executed):
+    told = "\n".join(text_of(cell) for cell in code_cells(executed[FOLDER / "serving.ipynb"]))
+    assert "the stream adds up to the answer: True" in told
+    assert (
+        len(re.findall(r"^\{'mood': '(?:good|bad|undecided)', 'score': \d+, 'tags': \[.*\]\}$", told, re.MULTILINE))
+        == 3
+    )
+    assert re.search(r"^tool_calls get_weather \{'city': '(Paris|Lisbon)', 'days': [1-7]\}$", told, re.MULTILINE)
+    assert "all were answered: True" in told
+    assert "exit status: 0" in told

@@ -143,6 +143,11 @@ class EngineStats:
 class Driven(Protocol):
     """What drives an engine sees of it. `step` is called by one thread; the others may be called by any."""
 
+    @property
+    def adapters(self) -> Sequence[str]:
+        """Names of the loaded adapters, which requests may ask for; they may come and go."""
+        ...
+
     def submit(self, request: Request) -> int:
         """The number of the request, which waits from now on. ValueError for one that cannot be answered; QueueFull."""
         ...

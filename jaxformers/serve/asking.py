@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
@@ -13,6 +14,7 @@ import numpy as np
 from pydantic_core import from_json
 
 from jaxformers.data.stops import StoppableText, split_stops
+from jaxformers.data.tokenizer import Tokenizer
 from jaxformers.infer.request import Constraint, Request
 from jaxformers.serve.errors import ApiError, too_long
 from jaxformers.serve.protocol import Message, Prompt, Sampling, StructuredOutputs, Tool
@@ -87,13 +89,33 @@ def render_messages(
     if taken := RESERVED & variables.keys():
         message = f"chat_template_kwargs may not hold {', '.join(sorted(taken))}"
         raise ApiError(message, param="chat_template_kwargs")
-    text = served.tokenizer.render_chat(
-        [_turn(message) for message in messages],
-        tools=plain_tools(tools) or None,
-        add_generation_prompt=add_generation_prompt,
-        **variables,
-    )
+    values = {"tools": plain_tools(tools) or None, "add_generation_prompt": add_generation_prompt, **variables}
+    text = _render(served.tokenizer, messages, values)
     return Rendered(text, encode_text(served, text, add_special_tokens=False))
+
+
+def _render(tokenizer: Tokenizer, messages: Sequence[Message], values: Mapping[str, Any]) -> str:
+    """The text, with the arguments of earlier calls as the template takes them: most spell an object as JSON
+    themselves; DeepSeek's want the JSON text, and either fail on an object or print it as Python does."""
+    turns = [_turn(message) for message in messages]
+    arguments = [call["function"]["arguments"] for turn in turns for call in turn.get("tool_calls", ())]
+    objects = [repr(value) for value in arguments if isinstance(value, Mapping) and value]
+    try:
+        text = tokenizer.render_chat(turns, **values)
+    except ValueError:
+        if not objects:
+            raise
+    else:
+        if not any(spelled in text for spelled in objects):
+            return text
+    return tokenizer.render_chat([_turn(message, as_text=True) for message in messages], **values)
+
+
+def check_tools_are_told(tokenizer: Tokenizer) -> None:
+    """ApiError for a chat template that would not tell the model of any tool, so that it could only guess."""
+    if "tools" not in tokenizer.chat_template_for(tools=True):
+        message = "this model's chat template does not mention tools; it can call one only where tool_choice says so"
+        raise ApiError(message, param="tools")
 
 
 def plain_tools(tools: Sequence[Tool]) -> list[dict[str, Any]]:
@@ -101,15 +123,20 @@ def plain_tools(tools: Sequence[Tool]) -> list[dict[str, Any]]:
     return [{"type": "function", "function": tool.function.model_dump(exclude={"strict"})} for tool in tools]
 
 
-def _turn(message: Message) -> dict[str, Any]:
-    """A message as templates read it: arguments of tool calls as objects, developers as the system."""
+def _turn(message: Message, *, as_text: bool = False) -> dict[str, Any]:
+    """A message as templates read it: arguments of tool calls as objects, or as texts; developers as the system."""
     turn = message.model_dump(exclude_none=True)
     turn.setdefault("content", "")
     if message.role == "developer":
         turn["role"] = "system"
     for call in turn.get("tool_calls", ()):
-        call["function"]["arguments"] = as_object(call["function"]["arguments"])
+        function = call["function"]
+        function["arguments"] = (_as_text if as_text else as_object)(function["arguments"])
     return turn
+
+
+def _as_text(arguments: Any) -> str:
+    return (arguments or "{}") if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
 def as_object(arguments: Any) -> Any:

@@ -11,7 +11,15 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from jaxformers.infer.request import Event
-from jaxformers.serve.asking import Asked, Form, compile_constraints, off_loop, render_messages, wanted_form
+from jaxformers.serve.asking import (
+    Asked,
+    Form,
+    check_tools_are_told,
+    compile_constraints,
+    off_loop,
+    render_messages,
+    wanted_form,
+)
 from jaxformers.serve.calls import Reader, forced_call, reader_for
 from jaxformers.serve.driver import Driver
 from jaxformers.serve.errors import ApiError
@@ -26,6 +34,8 @@ async def converse(http: HttpRequest, body: ChatBody, served: Served, driver: Dr
     """The next turn of a conversation."""
     served.adapter(body.model)
     tools = [] if body.tool_choice == "none" else body.tools
+    if tools and body.tool_choice in (None, "auto"):
+        check_tools_are_told(served.tokenizer)
     effort = {} if body.reasoning_effort is None else {"reasoning_effort": body.reasoning_effort}
     prompt = await off_loop(
         render_messages,

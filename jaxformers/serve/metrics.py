@@ -50,6 +50,8 @@ _OF_ENGINE = (
     _Gauge("prefix_queries", "prefix_cache_queries", "Prompt tokens looked for.", lambda s: s.prompt_tokens, True),
     _Gauge("prefix_hits", "prefix_cache_hits", "Prompt tokens found.", lambda s: s.cached_prompt_tokens, True),
     _Gauge("compilations", None, "Programs compiled after warming up.", lambda s: s.compilations_after_ready, True),
+    # What runs is never put back into the queue; dashboards look for the number all the same.
+    _Gauge("preemptions", "num_preemptions", "Requests put back into the queue.", lambda s: 0, True),
     _Gauge("drafted_tokens", "spec_decode_num_draft_tokens", "Tokens guessed ahead.", lambda s: s.drafted_tokens, True),
     _Gauge(
         "accepted_tokens", "spec_decode_num_accepted_tokens", "Guesses that held.", lambda s: s.accepted_tokens, True

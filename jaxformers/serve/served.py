@@ -21,8 +21,8 @@ class Served:
     """A model behind an engine.
 
     name: what clients call it. max_length: tokens of a prompt and its continuation at most. family: whose format of
-    tool calls it writes. generation: its generation_config.json. adapters: names of loaded ones, which clients ask for
-    as models. embed: float32 [B, D] of B prompts, in a thread of its own. version: of this software.
+    tool calls it writes. generation: its generation_config.json. embed: float32 [B, D] of B prompts, in a thread of its
+    own. version: of this software.
     """
 
     name: str
@@ -32,10 +32,14 @@ class Served:
     vocab_size: int
     family: str = ""
     generation: Mapping[str, Any] = field(default_factory=dict)
-    adapters: tuple[str, ...] = ()
     embed: Callable[[Sequence[Sequence[int]]], np.ndarray] | None = None
     version: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """What the engine has loaded, which clients ask for as models."""
+        return tuple(self.engine.adapters)
 
     def adapter(self, model: str | None) -> str | None:
         """The adapter that a body's `model` asks for. ApiError 404 for a model that is not served."""

@@ -54,7 +54,10 @@ def constraint_for(
 
 
 def _schema(function: Function) -> Mapping[str, Any]:
-    return function.get("parameters") or NO_ARGUMENTS
+    """What the arguments must be: those that the function names and no others, unless it says that there may be."""
+    schema = function.get("parameters") or NO_ARGUMENTS
+    alone = schema.keys() <= {"$defs", "$schema", "description", "properties", "required", "title", "type"}
+    return {**schema, "additionalProperties": False} if alone else schema
 
 
 class _Grammar:

@@ -1,4 +1,4 @@
-"""Servers on loopback, each in a thread, with an engine that needs no model."""
+"""Servers on loopback, each in a thread: with an engine that needs no model, or with a real one."""
 
 import socket
 import threading
@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 
 import httpx
 import pytest
+from real_model import NAME, tiny_model
 from talker import Talker, served_by, talkative_tokenizer
 
-from jaxformers.serve.served import Settings
-from jaxformers.serving import Address, Options, Server, listen, url_of
+from jaxformers.infer.request import Driven, EngineConfig
+from jaxformers.serve.served import Served, Settings
+from jaxformers.serving import Address, Options, Server, listen, served_model, url_of
 
 
 @dataclass
@@ -19,7 +21,7 @@ class Live:
     """A server that listens."""
 
     url: str
-    engine: Talker
+    engine: Driven
     server: Server
     thread: threading.Thread
     client: httpx.Client = field(default_factory=lambda: httpx.Client(timeout=30, verify=False))
@@ -50,32 +52,32 @@ def tokenizer(tmp_path_factory):
     return talkative_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
+def launch(served: Served, *, settings: Settings | None = None, address: Address = Address(port=0)) -> Live:
+    """A server that runs in a thread, ready or not yet."""
+    listener = listen(address)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16_384)  # a reader that stops is noticed soon
+    server = Server(served, Options(address=address, settings=settings or Settings()))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    return Live(url_of(listener, tls=address.certificate is not None), served.engine, server, thread)
+
+
+def wait_until_ready(live: Live) -> None:
+    while live.get("/ready").status_code != 200:
+        time.sleep(0.02)
+
+
 @pytest.fixture(scope="session")
 def serve(tokenizer) -> Iterator[Callable[..., Live]]:
     """`serve(Talker(...), settings=...)`: a server that lives until the tests end."""
     alive: list[Live] = []
 
-    def start(
-        engine: Talker | None = None,
-        *,
-        settings: Settings | None = None,
-        address: Address = Address(port=0),
-        wait: bool = True,
-        **fields,
-    ) -> Live:
-        engine = engine or Talker()
-        listener = listen(address)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16_384)  # a reader that stops is noticed soon
-        server = Server(
-            served_by(engine, **{"tokenizer": tokenizer} | fields),
-            Options(address=address, settings=settings or Settings()),
-        )
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-        thread.start()
-        live = Live(url_of(listener, tls=address.certificate is not None), engine, server, thread)
+    def start(engine: Talker | None = None, *, wait: bool = True, **options) -> Live:
+        of_server = {name: options.pop(name) for name in ("settings", "address") if name in options}
+        live = launch(served_by(engine or Talker(), **{"tokenizer": tokenizer} | options), **of_server)
         alive.append(live)
-        while wait and live.get("/ready").status_code != 200:
-            time.sleep(0.02)
+        if wait:
+            wait_until_ready(live)
         return live
 
     yield start
@@ -91,3 +93,21 @@ def serve(tokenizer) -> Iterator[Callable[..., Live]]:
 def live(serve) -> Live:
     """One server for all tests that leave it as it was."""
     return serve()
+
+
+@pytest.fixture(scope="session")
+def model():
+    """A tiny model that can chat."""
+    return tiny_model()
+
+
+@pytest.fixture(scope="session")
+def real(model) -> Iterator[Live]:
+    """One server for all tests of the engine behind HTTP."""
+    config = EngineConfig(slots=4, max_length=512, prefill_piece=32, queue_requests=64)
+    live = launch(served_model(model, config, name=NAME))
+    wait_until_ready(live)
+    yield live
+    live.client.close()
+    live.server.should_exit = True
+    live.thread.join(timeout=10)

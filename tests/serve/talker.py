@@ -61,6 +61,7 @@ class Talker:
     pause: float = 0.0
     warming: float = 0.0
     broken: Exception | None = None
+    adapters: tuple[str, ...] = ("tuned",)
     seen: list[Request] = field(default_factory=list)
     steps: int = 0
     gate: threading.Event = field(default_factory=threading.Event)
@@ -196,6 +197,5 @@ def served_by(engine: Talker, **fields) -> Served:
         "vocab_size": engine.vocab_size,
         "embed": embed_by_counts,
         "version": "1.2.3",
-        "adapters": ("tuned",),
     }
     return Served(**values | fields)

@@ -2,10 +2,7 @@
 
 import json
 
-import pytest
 from talker import Talker
-
-pytest.importorskip("jaxformers.bench_engine")
 
 
 def test_the_figures_are_those_of_the_server(serve, command):

@@ -5,6 +5,7 @@ import re
 
 import pytest
 from browser import Browser
+from real_model import NAME
 from standin import ANSWER, KEY, StandIn
 
 from jaxformers.serve.page import content_security_policy, page
@@ -69,6 +70,21 @@ def test_a_message_is_typed_and_its_answer_streams_in(screen, browser, server, t
     assert widths_fit(browser)
     assert browser.screenshot(tmp_path / "page.png").startswith(b"\x89PNG")
     assert browser.problems == []
+
+
+@pytest.mark.xdist_group("real server")
+@pytest.mark.parametrize("screen", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_a_real_model_answers_on_the_page(screen, browser, real, tmp_path):
+    open_chat(browser, real, **screen)
+    assert browser.see("document.querySelector('#model').value") == NAME
+    ask(browser, "hello")
+    assert browser.text(".rich") != ""
+    assert re.search(r"\b\d+ tokens", browser.text(".said.assistant .figures"))
+    assert browser.see("document.querySelector('#go').ariaLabel") == "Send"
+    assert widths_fit(browser)
+    assert browser.screenshot(tmp_path / "page.png").startswith(b"\x89PNG")
+    assert browser.problems == []
+    assert real.idle()
 
 
 def test_what_a_model_writes_is_shown_and_never_run(chat):

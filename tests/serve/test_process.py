@@ -139,6 +139,28 @@ def test_the_verb_loads_a_model_and_serves_it_under_its_own_name(model, tmp_path
     assert served.embed([[1, 2]]).shape == (1, 32)
 
 
+def test_the_verb_serves_a_real_model_until_it_is_told_to_end_and_ends_what_it_has_begun(model, tmp_path):
+    save_pretrained(model, tmp_path / "tiny-model")
+    command = [sys.executable, "-m", "jaxformers", "serve", tmp_path / "tiny-model", "--port", "0", "--slots", "2"]
+    where = {"PYTHONPATH": str(Path(jaxformers.__file__).parents[1]), "JAX_PLATFORMS": "cpu"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    child = subprocess.Popen(command, env=os.environ | where, text=True, **pipes)
+    try:
+        url = child.stdout.readline().split()[-1]
+        assert child.stdout.readline() == "ready\n", child.stderr.read()
+        reader = Streaming(url, prompt="endless", max_tokens=56, ignore_eos=True, seed=1)
+        assert reader.begun.wait(20)
+        child.send_signal(signal.SIGTERM)
+        reader.join(20)
+        assert child.wait(20) == 0
+        assert '"finish_reason":"length"' in reader.text
+        assert reader.text.endswith("data: [DONE]\n\n")
+        assert "Traceback" not in child.stderr.read()
+    finally:
+        child.kill()
+        child.communicate()
+
+
 def test_mistakes_are_told_before_a_model_is_loaded(command, tmp_path, serve):
     taken = serve().port
     assert f"port {taken}: Address already in use" in command("serve", tmp_path, "--port", taken).mistake

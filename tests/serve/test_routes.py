@@ -137,6 +137,29 @@ def test_templates_read_arguments_of_earlier_calls_as_objects():
     assert turn("no JSON")["function"]["arguments"] == "no JSON"
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ '```json\n' + arguments + '\n```' }}",  # DeepSeek V3's way, which fails on an object
+        "```json\n{{ arguments }}\n```",
+        "```json\n{{ arguments if arguments is string else arguments | tojson }}\n```",
+        "```json\n{{ arguments | tojson }}\n```",
+    ],
+)
+@pytest.mark.parametrize("given", ['{"city": "Köln"}', {"city": "Köln"}])
+def test_arguments_of_earlier_calls_reach_every_template_as_the_json_they_are(tokenizer, template, given):
+    from talker import Talker, served_by
+
+    from jaxformers.serve.asking import render_messages
+    from jaxformers.serve.protocol import Message
+
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": given}}
+    whole = "{% for call in messages[-1].tool_calls %}{% set arguments = call.function.arguments %}" + template
+    served = served_by(Talker(), tokenizer=tokenizer.with_chat_template(whole + "{% endfor %}"))
+    rendered = render_messages(served, [Message(role="assistant", tool_calls=[call])], variables={})
+    assert rendered.text == '```json\n{"city": "Köln"}\n```'
+
+
 def test_a_streamed_chat_begins_with_its_role_and_ends_with_its_usage(live):
     options = {"include_usage": True, "continuous_usage_stats": True}
     response = chat(live, "say hello", stream=True, stream_options=options, n=2, logprobs=True, top_logprobs=1)

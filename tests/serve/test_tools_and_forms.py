@@ -7,8 +7,6 @@ import openai
 import pytest
 from talker import talkative_tokenizer
 
-pytest.importorskip("jaxformers.serve.tools")
-
 WEATHER = {
     "type": "function",
     "function": {
@@ -19,7 +17,7 @@ WEATHER = {
 }
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>'
 # Reads as the chat template of a model that writes calls as Hermes does.
-HERMES = "{# <tool_call> #}{{ messages[-1].content }}"
+HERMES = "{# <tool_call> of one of the tools #}{{ messages[-1].content }}"
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +40,16 @@ def asked(client, text, **options):
     return client.chat.completions.create(model="standin", messages=[{"role": "user", "content": text}], **options)
 
 
+def test_tools_that_the_template_would_not_tell_of_are_refused_unless_one_must_be_called(serve, tokenizer):
+    silent = serve(tokenizer=tokenizer.with_chat_template("{{ messages[-1].content }}"))
+    body = {"messages": [{"role": "user", "content": "hi"}], "tools": [WEATHER], "max_tokens": 1}
+    refused = silent.post("/v1/chat/completions", body)
+    assert refused.status_code == 400
+    assert "chat template does not mention tools" in refused.json()["error"]["message"]
+    assert silent.post("/v1/chat/completions", body | {"tool_choice": "required"}).status_code == 200
+    assert silent.post("/v1/chat/completions", body | {"tool_choice": "none"}).status_code == 200
+
+
 def test_a_call_is_told_apart_from_the_text_before_it(client):
     [choice] = asked(client, f"say Let me look. {CALL}", tools=[WEATHER]).choices
     [call] = choice.message.tool_calls
@@ -59,6 +67,18 @@ def test_a_call_streams_its_name_first_and_then_its_arguments(client):
     assert not any(call.id or call.function.name for call in calls[1:])
     assert json.loads("".join(call.function.arguments for call in calls)) == {"city": "Köln"}
     assert chunks[-1].finish_reason == "tool_calls"
+
+
+def test_arguments_of_a_forced_call_are_those_that_the_function_names(tokenizer):
+    from jaxformers.serve.tool_choice import constraint_for
+
+    def written(**more):
+        function = {"name": "f", "parameters": WEATHER["function"]["parameters"] | more}
+        tools = [{"type": "function", "function": function}]
+        return constraint_for(tokenizer, tools, "required").value
+
+    assert '"additionalProperties": false' in written()
+    assert '"additionalProperties": true' in written(additionalProperties=True)
 
 
 def test_calls_may_be_held_to_one(client):
