@@ -137,11 +137,11 @@ def test_the_run_fits_its_schedule_its_context_and_its_vocabulary(path):
 def test_a_step_on_one_device_keeps_the_state_as_it_is(path):
     trainer, config = trainer_of(path, single_device_mesh()), loaded(path)
     state, metrics = jax.eval_shape(
-        trainer.program.step, trainer.plain_state, abstract_batch(config, single_device_mesh())
+        trainer.program.step, trainer.abstract_state, abstract_batch(config, single_device_mesh())
     )
     before, after = (
         {path_name(p): (a.shape, a.dtype) for p, a in jax.tree_util.tree_leaves_with_path(tree)}
-        for tree in (trainer.plain_state, state)
+        for tree in (trainer.abstract_state, state)
     )
     assert after == before
     assert {"loss", "grad_norm", "lr", "accuracy"} <= metrics.keys()
@@ -152,13 +152,13 @@ def test_a_step_on_one_device_keeps_the_state_as_it_is(path):
 def test_eight_devices_hold_an_eighth_of_the_state_each(path):
     mesh, config = make_mesh(MeshConfig(fsdp=8)), loaded(path)
     trainer = trainer_of(path, mesh)
-    leaves = jax.tree.leaves(trainer.plain_state)
+    leaves = jax.tree.leaves(trainer.abstract_state)
     whole = sum(math.prod(a.shape) * a.dtype.itemsize for a in leaves)
     held = sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in leaves)
     # Vectors and counters stay whole, and so do the matrices that expand latent attention's keys and values.
     assert whole / 8 <= held < whole / 8 * 1.02
     with jax.set_mesh(mesh):
-        jax.eval_shape(trainer.program.step, trainer.plain_state, abstract_batch(config, mesh))
+        jax.eval_shape(trainer.program.step, trainer.abstract_state, abstract_batch(config, mesh))
 
 
 def keys_of(node: object, schema: dict, root: dict, where: str = ""):
@@ -198,5 +198,5 @@ def test_bytes_of_state_are_counted_by_hand_for_one_recipe():
     """AdamW in float32: parameters and two moments, 12 bytes a parameter, and a few counters."""
     path = next(path for path in RECIPES if path.stem == "llama-110m")
     trainer = trainer_of(path, single_device_mesh())
-    total = sum(math.prod(a.shape) * np.dtype(a.dtype).itemsize for a in jax.tree.leaves(trainer.plain_state))
+    total = sum(math.prod(a.shape) * np.dtype(a.dtype).itemsize for a in jax.tree.leaves(trainer.abstract_state))
     assert 0 <= total - 12 * count_params(trainer.cfg) < 100

@@ -110,3 +110,13 @@ def test_the_stream_of_a_mixture_is_the_same_after_a_resume_and_for_any_number_o
     assert "the same stream: False" not in told
     assert told.count(" is refused: ") == 2
     assert "goes on, the same up to row 400: True" in told
+
+
+def test_an_adapter_changes_what_the_model_says_and_is_the_same_when_loaded_again(executed):
+    told = "\n".join(text_of(cell) for cell in code_cells(executed[FOLDER / "finetune.ipynb"]))
+    losses = [float(loss) for loss in re.findall(r"^step +\d+ +validation loss ([\d.]+)", told, re.MULTILINE)]
+    assert losses[-1] < 0.5 < 1 < losses[0]
+    before, after = told.split("before\n")[1].split("after\n")
+    assert before.count("It is ") == 3
+    assert after.count("Arr, ") == 6  # with the adapter of the run, and with the one loaded from its files
+    assert "adapter_model.safetensors" in told
