@@ -23,9 +23,10 @@ ROWS = [(f"What is {a} + {b}?", f"It is {a + b}.") for a in range(6) for b in ra
 TINY = (
     "data.sequence_length=64",
     "data.workers=1",
+    "data.validation_fraction=0.2",
     "train.steps=3",
     "train.batch_size=8",
-    "train.eval_every=null",
+    "train.eval_every=2",
     "runtime.dtype=float32",
     "runtime.layers=scan",
     "schedule.warmup_steps=1",
@@ -69,9 +70,11 @@ def test_a_recipe_runs_on_one_device_and_on_four_with_the_same_losses(name, give
         run = tmp_path / mesh.replace(" ", "")
         result = jf.fit(CONFIGS / f"{name}.yaml", [*overrides, *axes, f"run_dir={run}"])
         assert result.model.mesh.size == devices
-        lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-        told[mesh] = [(line["loss"], line["grad_norm"]) for line in lines if "loss" in line]
-        told[mesh].append((result.validation["validation_loss"], 0.0))
-    assert len(told["one"]) == 4
-    assert told["one"][0][0] != told["one"][2][0]
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        steps = [(line["loss"], line["grad_norm"]) for line in lines if "loss" in line]
+        held_out = {line["step"]: line["validation_loss"] for line in lines if "validation_loss" in line}
+        assert len(steps) == 3
+        assert list(held_out) == [0, 2, 3], "what the weights knew is evaluated before the first step"
+        assert held_out[3] != held_out[0]
+        told[mesh] = [*np.ravel(steps), *held_out.values()]
     np.testing.assert_allclose(told["fsdp2 x tp2"], told["one"], rtol=1e-5, atol=0)
