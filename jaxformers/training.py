@@ -238,7 +238,10 @@ def fit(
             tokenizer.save(run_dir / TOKENIZER_FOLDER)
             (run_dir / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
             _write_json(run_dir / ABOUT_FILE, {**describe_setup(setup), "versions": meta["versions"]})
-        result = _run(setup, state, feed, checkpoints, meta, run_dir, started, console)
+        # What others learned before is worth knowing before it changes; random weights say nothing.
+        begins_with_weights = int(state.step) == 0 and (setup.pretrained is not None or start is not None)
+        evaluate_first = begins_with_weights and config.train.eval_every is not None
+        result = _run(setup, state, feed, checkpoints, meta, run_dir, started, console, evaluate_first)
     params, cfg = result.state.params, setup.cfg
     if config.lora is not None:
         params, cfg = _merged(setup, params, result.frozen)
@@ -404,6 +407,7 @@ def _run(
     run_dir: Path,
     started: float,
     console: Console,
+    evaluate_first: bool,
 ) -> Result:
     """The loop, with all that watches it. started: when the run began, on the clock of `time.perf_counter`."""
     config, first_step = setup.config, int(state.step)
@@ -440,6 +444,7 @@ def _run(
             profile=partial(
                 Profiler, config.profile if is_first() else ProfileConfig(), run_dir=run_dir, say=display.say
             ),
+            evaluate_first=evaluate_first,
         )
     finally:
         trackers.close()

@@ -14,12 +14,17 @@ import yaml
 
 from jaxformers.config import RunConfig, json_schema, load_config
 from jaxformers.families import read_config
+from jaxformers.families.catalog import published_config
 from jaxformers.models.params import abstract_params, count_params, path_name
 from jaxformers.parallel.mesh import MeshConfig, batch_sharding, batch_shards, make_mesh, single_device_mesh
 from jaxformers.train.build import Trainer
+from jaxformers.training import trainer_of as trainer_of_run
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
-RECIPES = [path for path in CONFIGS if path.stem != "quickstart"]
+TUNING = [path for path in CONFIGS if path.stem.endswith(("-sft", "-lora", "-qlora"))]
+RECIPES = [path for path in CONFIGS if path.stem != "quickstart" and path not in TUNING]
+# The published sizes that stand in for weights, which recipes of fine-tuning begin with and tests have not.
+SHAPES = {"HuggingFaceTB/SmolLM2-135M-Instruct": "smollm2-135m", "Qwen/Qwen3-8B": "qwen3-8b"}
 UNITS = {"M": 1e6, "B": 1e9}
 
 
@@ -32,23 +37,17 @@ def loaded(path: Path) -> RunConfig:
     return load_config(path)
 
 
+@functools.cache
 def model_of(path: Path):
-    return read_config(loaded(path).model)
+    model = loaded(path).model
+    return read_config(published_config(SHAPES[model]) if isinstance(model, str) else model)
 
 
 def trainer_of(path: Path, mesh: jax.sharding.Mesh) -> Trainer:
     """The recipe's training as accelerators run it, with scanned layers."""
     config = loaded(path)
-    return Trainer(
-        model_of(path),
-        mesh,
-        config.data.sequence_length,
-        train=config.train,
-        runtime=config.runtime.model_copy(update={"layers": "scan"}),
-        optimizer=config.optimizer,
-        schedule=config.schedule,
-        loss=config.loss,
-    )
+    runtime = config.runtime.model_copy(update={"layers": "scan"})
+    return trainer_of_run(config.model_copy(update={"runtime": runtime}), model_of(path), mesh)
 
 
 def abstract_batch(config: RunConfig, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -60,17 +59,32 @@ def abstract_batch(config: RunConfig, mesh: jax.sharding.Mesh) -> dict[str, jax.
 
 def test_there_are_recipes_beside_the_quickstart():
     assert len(RECIPES) >= 5
-    assert len(RECIPES) == len(CONFIGS) - 1
+    assert len(RECIPES) == len(CONFIGS) - len(TUNING) - 1
 
 
-@named(RECIPES)
-def test_a_recipe_says_what_it_is_and_that_it_was_not_trained(path):
+def test_there_are_recipes_of_full_fine_tuning_lora_and_qlora_for_a_small_and_a_large_model():
+    ways = ("sft", "lora", "qlora")
+    assert {path.stem for path in TUNING} == {f"{model}-{way}" for model in ("smollm2", "qwen3-8b") for way in ways}
+    for path in TUNING:
+        config = loaded(path)
+        assert config.data.chat.on
+        assert (config.lora is None) == path.stem.endswith("-sft")
+        assert config.lora is None or (config.lora.base == "nf4") == path.stem.endswith("-qlora")
+
+
+@named(TUNING)
+def test_a_recipe_of_fine_tuning_says_what_it_is_its_command_and_its_memory(path):
     head = " ".join(line.lstrip("# ") for line in path.read_text().splitlines() if line.startswith("#"))
-    for told in ("parameters", "Planned for", "not trained here", "tokens"):
+    for told in (f"jaxformers train configs/{path.name}", "parameters", "Planned for", "tokens"):
         assert told in head, f"{path.name} does not say {told!r} in its first comment"
+    devices = jax.devices()[: 8 if "eight GPUs" in head else 1]
+    state = trainer_of(path, make_mesh(MeshConfig(fsdp=len(devices)), devices=devices)).abstract_state
+    leaves = jax.tree.leaves((state, state.params))  # gradients are as large as what is trained
+    held = sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in leaves)
+    assert held / 2**30 == pytest.approx(float(re.search(r"([\d.]+) GiB of state and gradients", head)[1]), rel=0.02)
 
 
-@named(RECIPES)
+@named(RECIPES + TUNING)
 def test_the_model_has_about_as_many_parameters_as_its_comment_and_its_name_say(path):
     count = count_params(model_of(path))
     number, unit = re.search(r"([\d.]+)([MB]) parameters", path.read_text()).groups()
@@ -115,7 +129,7 @@ def test_the_run_fits_its_schedule_its_context_and_its_vocabulary(path):
     config, cfg = loaded(path), model_of(path)
     assert config.schedule.warmup_steps < config.train.steps
     assert config.data.sequence_length <= cfg.context_length
-    if config.tokenizer.kind == "train":
+    if config.tokenizer is not None and config.tokenizer.kind == "train":
         assert config.tokenizer.vocab_size <= cfg.vocab_size
 
 
@@ -123,11 +137,11 @@ def test_the_run_fits_its_schedule_its_context_and_its_vocabulary(path):
 def test_a_step_on_one_device_keeps_the_state_as_it_is(path):
     trainer, config = trainer_of(path, single_device_mesh()), loaded(path)
     state, metrics = jax.eval_shape(
-        trainer.program.step, trainer.plain_state, abstract_batch(config, single_device_mesh())
+        trainer.program.step, trainer.abstract_state, abstract_batch(config, single_device_mesh())
     )
     before, after = (
         {path_name(p): (a.shape, a.dtype) for p, a in jax.tree_util.tree_leaves_with_path(tree)}
-        for tree in (trainer.plain_state, state)
+        for tree in (trainer.abstract_state, state)
     )
     assert after == before
     assert {"loss", "grad_norm", "lr", "accuracy"} <= metrics.keys()
@@ -138,13 +152,13 @@ def test_a_step_on_one_device_keeps_the_state_as_it_is(path):
 def test_eight_devices_hold_an_eighth_of_the_state_each(path):
     mesh, config = make_mesh(MeshConfig(fsdp=8)), loaded(path)
     trainer = trainer_of(path, mesh)
-    leaves = jax.tree.leaves(trainer.plain_state)
+    leaves = jax.tree.leaves(trainer.abstract_state)
     whole = sum(math.prod(a.shape) * a.dtype.itemsize for a in leaves)
     held = sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in leaves)
     # Vectors and counters stay whole, and so do the matrices that expand latent attention's keys and values.
     assert whole / 8 <= held < whole / 8 * 1.02
     with jax.set_mesh(mesh):
-        jax.eval_shape(trainer.program.step, trainer.plain_state, abstract_batch(config, mesh))
+        jax.eval_shape(trainer.program.step, trainer.abstract_state, abstract_batch(config, mesh))
 
 
 def keys_of(node: object, schema: dict, root: dict, where: str = ""):
@@ -184,5 +198,5 @@ def test_bytes_of_state_are_counted_by_hand_for_one_recipe():
     """AdamW in float32: parameters and two moments, 12 bytes a parameter, and a few counters."""
     path = next(path for path in RECIPES if path.stem == "llama-110m")
     trainer = trainer_of(path, single_device_mesh())
-    total = sum(math.prod(a.shape) * np.dtype(a.dtype).itemsize for a in jax.tree.leaves(trainer.plain_state))
+    total = sum(math.prod(a.shape) * np.dtype(a.dtype).itemsize for a in jax.tree.leaves(trainer.abstract_state))
     assert 0 <= total - 12 * count_params(trainer.cfg) < 100

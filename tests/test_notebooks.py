@@ -122,3 +122,13 @@ def test_the_served_model_answers_in_the_form_that_is_asked_and_ends_when_told(e
     assert re.search(r"^tool_calls get_weather \{'city': '(Paris|Lisbon)', 'days': [1-7]\}$", told, re.MULTILINE)
     assert "all were answered: True" in told
     assert "exit status: 0" in told
+
+
+def test_an_adapter_changes_what_the_model_says_and_is_the_same_when_loaded_again(executed):
+    told = "\n".join(text_of(cell) for cell in code_cells(executed[FOLDER / "finetune.ipynb"]))
+    losses = [float(loss) for loss in re.findall(r"^step +\d+ +validation loss ([\d.]+)", told, re.MULTILINE)]
+    assert losses[-1] < 0.5 < 1 < losses[0]
+    before, after = told.split("before\n")[1].split("after\n")
+    assert before.count("It is ") == 3
+    assert after.count("Arr, ") == 6  # with the adapter of the run, and with the one loaded from its files
+    assert "adapter_model.safetensors" in told

@@ -124,7 +124,12 @@ class TrainConfig(BaseModel):
     batch_ramp: dict[int, int] = Field({}, description="Another batch_size from given steps on.")
     accumulation: int = Field(1, ge=1, description="Microbatches an update is computed in, one after the other.")
     log_every: int = Field(1, ge=1, description="Steps between lines of metrics.jsonl.")
-    eval_every: int | None = Field(None, ge=1, description="Steps between evaluations; null = only at the end.")
+    eval_every: int | None = Field(
+        None,
+        ge=1,
+        description="Steps between evaluations, the first one before step 1 where a run begins with weights; null = "
+        "only at the end.",
+    )
     eval_batches: int = Field(16, ge=0, description="Validation batches an evaluation reads; 0 = no evaluation.")
     ema_decay: float | None = Field(
         None, gt=0, lt=1, description="Decay of an exponential moving average of the parameters."

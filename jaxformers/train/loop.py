@@ -99,12 +99,14 @@ def train(
     trackers: Trackers,
     display: Display,
     profile: Callable[[Callable[[], AbstractContextManager[None]]], Profiler],
+    evaluate_first: bool = False,
 ) -> Result:
     """Takes steps until `config.steps`, a request to stop, or the end of the data; saves the last state either way.
 
-    `validation` are batches by the name of their source. `profile` makes what traces steps, given a block in which no
-    step's time passes. `place` puts a host batch on the mesh. On SIGTERM or SIGINT,
-    and before a time limit, the step in progress is finished and saved; on SIGUSR1 the run saves and goes on.
+    `validation` are batches by the name of their source; evaluate_first: they are read before the first step too.
+    `profile` makes what traces steps, given a block in which no step's time passes. `place` puts a host batch on the
+    mesh. On SIGTERM or SIGINT, and before a time limit, the step in progress is finished and saved; on SIGUSR1 the run
+    saves and goes on.
     CheckpointError if a save fails; Diverged where guards end the run.
     """
     step, first_step = int(state.step), int(state.step)
@@ -147,6 +149,9 @@ def train(
     goodput.turn_to("compile")
     known: set[Step] = set()  # those compiled
     with catch_signals(requests), supervision.watchdog, profiler.running():
+        if evaluate_first:
+            with pause("evaluate"):
+                reporter.validate(step, state.model, validation)
         while step < config.steps and asked().stop is None:
             try:
                 with goodput.on("data"):

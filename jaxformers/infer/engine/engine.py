@@ -106,11 +106,6 @@ class Engine:
         """How many ids the model has."""
         return self._cfg.vocab_size
 
-    @property
-    def adapters(self) -> tuple[str, ...]:
-        """Names of the loaded adapters: none yet."""
-        return ()
-
     def submit(self, request: Request) -> int:
         """The number of the request, which waits from now on. ValueError in one line for one that this engine could
         never answer; QueueFull where too much waits."""
