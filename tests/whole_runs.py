@@ -88,7 +88,7 @@ main()
 def process(config: dict, folder: Path, *, code: str | None = None, extra: tuple[str, ...] = (), processes: int = 1):
     """The command line on a config, with as many devices as here, which several processes share."""
     path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(config, sort_keys=False))  # the order of sources is part of a mixture
+    path.write_text(yaml.safe_dump(config))
     start = ["-m", "jaxformers"] if code is None else ["-c", code]
     if processes > 1:
         start += ["launch", "--processes", str(processes), "--"]

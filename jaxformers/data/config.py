@@ -224,7 +224,9 @@ class DataConfig(SourceConfig):
     """One corpus (`paths`) or several (`sources`), and how their documents become rows of `sequence_length` tokens."""
 
     sources: dict[str, SourceConfig] = Field(
-        {}, description="Several corpora by name, each with the keys of one; a key that one lacks is taken from here."
+        {},
+        description="Several corpora by name, in any order, each with the keys of one; a key that one lacks is taken "
+        "from here.",
     )
     sequence_length: int = Field(1024, gt=0, description="Tokens in a row.")
     weights_by: Literal["tokens", "documents", "rows"] = Field(
@@ -267,6 +269,12 @@ class DataConfig(SourceConfig):
             return values  # what is wrong with them is said where they are read
         shared = {key: value for key, value in values.items() if key in SourceConfig.model_fields and key != "paths"}
         return values | {"sources": {name: _merged(shared, source) for name, source in sources.items()}}
+
+    @field_validator("sources")
+    @classmethod
+    def _in_any_order(cls, sources: dict[str, SourceConfig]) -> dict[str, SourceConfig]:
+        """By name: which rows a mixture draws depends on the order of its sources, and that of keys says nothing."""
+        return dict(sorted(sources.items()))
 
     @model_validator(mode="after")
     def _one_corpus_or_several(self) -> Self:

@@ -200,6 +200,6 @@ class _BatchIterator(grain.DatasetIterator[Row]):
                 "the checkpoint's position is in other data: files, tokenizer, or one of sequence_length, packing, "
                 "packing_window, attend_across_documents, reset_positions, end_of_text_loss, validation_fraction, "
                 "test_fraction, seed, shuffle, fim, chat and "
-                f"(before row {state['next_row']}) the weights of sources have changed since"
+                f"(before row {state['next_row']}) the names or weights of sources have changed since"
             )
         self._next_row = state["next_row"]

@@ -103,6 +103,15 @@ def test_the_stream_is_one_for_any_processes_and_any_stops(kind, packing, folder
     assert hash_of_stream(made(kind, folder, tokenizer, packing=packing, seed=1)) != truth
 
 
+def test_the_stream_of_a_mixture_does_not_depend_on_the_order_of_its_keys(folder, tokenizer):
+    config = mixture(folder, sources={"a": {"weight": 3}, "b": {"epochs": 1}}, when_exhausted="drop")
+    data = config.model_dump(mode="json")
+    reordered = DataConfig(**data | {"sources": dict(reversed(data["sources"].items()))})
+    ours, truth = (open_corpus(c, tokenizer).train for c in (reordered, config))
+    assert ours.fingerprint_before(ROWS) == truth.fingerprint_before(ROWS)
+    assert hash_of_stream(ours) == hash_of_stream(truth)
+
+
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_an_epoch_of_each_source_of_a_mixture_has_each_token_once(packing, folder, tokenizer, make_texts):
     """Rows of a mixture, sorted by source, are what the source alone would give."""

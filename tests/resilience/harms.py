@@ -1,9 +1,13 @@
-"""Harm to the files of a checkpoint, drawn at random, as disks and people do it."""
+"""Harm to the files of a checkpoint, drawn at random, as disks and people do it; and to arrays, as memory does it."""
 
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import jax
+import numpy as np
 from tiny import flip
 
 from jaxformers.train.checkpoint import FOLDER, Checkpointer
@@ -67,3 +71,31 @@ def harmed_again_and_again(run: Path, count: int, *, seed: int) -> int:
                 path.write_bytes(whole[path])
         assert checkpoints.newest_good(said.append) == NEWEST
     return found
+
+
+def flip_on_a_device(array: jax.Array, shard: int, bit: int) -> jax.Array:
+    """The array with one bit of one device's part of it turned over, of which the other devices do not know."""
+    parts = [np.array(part.data) for part in array.addressable_shards]
+    parts[shard].view(np.uint8).reshape(-1)[bit // 8] ^= np.uint8(1 << bit % 8)
+    devices = [part.device for part in array.addressable_shards]
+    arrays = [jax.device_put(part, device) for part, device in zip(parts, devices, strict=True)]
+    return jax.make_array_from_single_device_arrays(array.shape, array.sharding, arrays)
+
+
+def flipping_once(copy: Callable[[Any], Any], draw: random.Random) -> Callable[[Any], Any]:
+    """What copies a state, made to turn over one random bit of its parameters the first time."""
+    done = []
+
+    def flipped(state: Any) -> Any:
+        state = copy(state)
+        if done:
+            return state
+        done.append(True)
+        leaves, tree = jax.tree.flatten(state.params)
+        chosen = draw.randrange(len(leaves))
+        shards = leaves[chosen].addressable_shards
+        shard = draw.randrange(len(shards))
+        leaves[chosen] = flip_on_a_device(leaves[chosen], shard, draw.randrange(8 * shards[shard].data.nbytes))
+        return state.replace(params=jax.tree.unflatten(tree, leaves))
+
+    return flipped

@@ -10,11 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny import assert_bit_equal, run_config, write_corpus
+from tiny import LLAMA, assert_bit_equal, random_params, run_config, write_corpus
 from whole_runs import KILLED_AT, STEPS, Stopped, act_at, again, metrics_of, process, saved_state, steps_of
 
 import jaxformers as jf
+from jaxformers.families import read_config
+from jaxformers.hub.pretrained import write_pretrained
 
+MODEL = LLAMA | {"hidden_size": 64, "intermediate_size": 96}  # matrices large enough for moments of 8 bits
 MESH = {"dp": 8, "fsdp": 1}
 OTHER_MESHES = (
     {"dp": 2, "fsdp": 4},
@@ -38,7 +41,16 @@ DATA: dict[str, dict[str, Any]] = {
 BATCHES: dict[str, dict[str, Any]] = {"even": {}, "ramp": {"batch_ramp": {3: 32}}}
 AVERAGES: dict[str, dict[str, Any]] = {"no-ema": {}, "ema": {"ema_decay": 0.9}}
 # The epsilon keeps Adam from making a sign of a gradient that is nothing but rounding.
-OPTIMIZERS: dict[str, dict[str, Any]] = {"adamw": {"eps": 1e-3}}
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "adamw": {"eps": 1e-3},
+    "adamw8": {"eps": 1e-3, "state": "int8"},
+    "adafactor": {"name": "adafactor"},
+    "sgd": {"name": "sgd"},
+    "lion": {"name": "lion", "learning_rate": 1e-3},
+    "muon": {"name": "muon", "eps": 1e-3},
+    "muon8": {"name": "muon", "eps": 1e-3, "state": "int8"},
+}
+LORA = {"rank": 4, "targets": ["q_proj", "v_proj", "down_proj"], "dropout": 0.1}
 
 
 @dataclass(frozen=True)
@@ -50,9 +62,11 @@ class Settings:
     accumulation: int
     average: str
     optimizer: str
+    adapter: bool  # with dropout, beside a base that stays
 
     def __str__(self) -> str:
-        return "-".join(map(str, (self.data, self.batches, self.accumulation, self.average, self.optimizer)))
+        chosen = (self.data, self.batches, self.accumulation, self.average, self.optimizer)
+        return "-".join(map(str, (*chosen, *["adapter"] * self.adapter)))
 
     def config(self, folder: Path) -> dict[str, Any]:
         """A run of them over the corpora in a folder."""
@@ -63,6 +77,7 @@ class Settings:
             mesh=MESH,
             train=train | BATCHES[self.batches] | AVERAGES[self.average],
             optimizer=OPTIMIZERS[self.optimizer],
+            **({"model": str(folder / "base"), "lora": LORA} if self.adapter else {"model": MODEL}),
         )
         if self.data == "mixture":
             del config["data"]["paths"]
@@ -91,14 +106,15 @@ class Case:
 
 
 def drawn(count: int, *, seed: int, deaths: int, processes: int = 1) -> list[Case]:
-    """Every kind of data in turn. Every second case goes on upon the mesh that it was on, and every second dies more
-    than once."""
+    """Every kind of data and every optimizer in turn. Every second case goes on upon the mesh that it was on, every
+    second pair dies more than once, and every third trains an adapter."""
     draw = random.Random(seed)
-    kinds = draw.sample(list(DATA), len(DATA))
+    kinds, optimizers = (draw.sample(list(choices), len(choices)) for choices in (DATA, OPTIMIZERS))
     cases = []
     for number in range(count):
         chosen = (draw.choice(list(BATCHES)), draw.choice([1, 2]), draw.choice(list(AVERAGES)))
-        settings = Settings(kinds[number % len(kinds)], *chosen, draw.choice(list(OPTIMIZERS)))
+        optimizer = optimizers[number % len(optimizers)]
+        settings = Settings(kinds[number % len(kinds)], *chosen, optimizer, adapter=number % 3 == 2)
         times = 1 + (number // 2 % deaths)
         steps = tuple(sorted(draw.sample(range(1, STEPS), times)))
         mesh = draw.choice(OTHER_MESHES) if number % 2 else MESH
@@ -112,6 +128,8 @@ def truth(tmp_path_factory):
     folder = tmp_path_factory.mktemp("truth")
     write_corpus(folder / "corpus.jsonl")
     write_corpus(folder / "code.jsonl", documents=60, seed=1)
+    cfg = read_config(MODEL)
+    write_pretrained(folder / "base", cfg, random_params(cfg))
 
     @functools.cache
     def run(settings: Settings):

@@ -9,8 +9,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
-import numpy as np
 import pytest
+from harms import flip_on_a_device
 from tiny import assert_bit_equal, flip, run_config
 
 import jaxformers as jf
@@ -46,12 +46,7 @@ def flip_once(monkeypatch):
         if done:
             return state
         done.append(True)
-        embed = state.params["embed"]
-        parts = [np.array(shard.data) for shard in embed.addressable_shards]
-        parts[3].view(np.uint32)[5, 7] ^= 1 << 22
-        devices = [shard.device for shard in embed.addressable_shards]
-        arrays = [jax.device_put(part, device) for part, device in zip(parts, devices, strict=True)]
-        embed = jax.make_array_from_single_device_arrays(embed.shape, embed.sharding, arrays)
+        embed = flip_on_a_device(state.params["embed"], shard=3, bit=22)
         return state.replace(params=state.params | {"embed": embed})
 
     monkeypatch.setattr(recheck, "_copy", flipped)
