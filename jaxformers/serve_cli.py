@@ -26,6 +26,10 @@ class Speculate(StrEnum):
     draft = "draft"
 
 
+class CacheDtype(StrEnum):
+    int8 = "int8"
+
+
 class Dtype(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -51,6 +55,14 @@ def serve(
         str | None, typer.Option(help="The smaller model that guesses, of the same vocabulary: a reference.")
     ] = None,
     draft_tokens: Annotated[int, typer.Option(help="Tokens guessed at a time.", min=1)] = 4,
+    cache_dtype: Annotated[
+        CacheDtype | None, typer.Option(help="Of cached keys and values; none: as the model computes.")
+    ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=DIRECTORY", help="A LoRA adapter in peft's format, chosen by its name as a model."),
+    ] = None,
+    adapter_rank: Annotated[int, typer.Option(help="The largest rank of an adapter.", min=1)] = 16,
     queue_requests: Annotated[int, typer.Option(help="Requests that may wait.", min=1)] = 256,
     queue_tokens: Annotated[int, typer.Option(help="Prompt tokens that may wait.", min=1)] = 1_000_000,
     api_key: Annotated[
@@ -84,6 +96,7 @@ def serve(
     address = Address(host=host, port=port, certificate=tls_certificate, private_key=tls_key)
     keys = read_keys(api_key or [], api_key_file, os.environ.get(KEY_VARIABLE))
     hosts = hosts_to_answer(address, has_key=bool(keys), insecure=insecure)
+    adapters = named_adapters(adapter or [])
     engine = EngineConfig(
         slots=slots,
         max_length=max_length,
@@ -96,6 +109,9 @@ def serve(
         prefix_cache=prefix_cache,
         speculate=None if speculate is None else speculate.value,
         draft_tokens=draft_tokens,
+        cache_dtype=None if cache_dtype is None else cache_dtype.value,
+        adapters=len(adapters),
+        adapter_rank=adapter_rank,
     )
     settings = Settings(
         limits=Limits(
@@ -110,6 +126,7 @@ def serve(
             address=address,
             engine=engine,
             draft=draft_model,
+            adapters=adapters,
             settings=settings,
             name=name,
             pooling=pooling.value,
@@ -118,3 +135,16 @@ def serve(
             access_log=access_log,
         ),
     )
+
+
+def named_adapters(given: list[str]) -> dict[str, str]:
+    """Directories by name, of texts NAME=DIRECTORY. ValueError for anything else, and for a name given twice."""
+    found: dict[str, str] = {}
+    for text in given:
+        name, equals, directory = text.partition("=")
+        if not (name and equals and directory):
+            raise ValueError(f"--adapter {text!r} is not of the form NAME=DIRECTORY")
+        if name in found:
+            raise ValueError(f"--adapter {name!r} is given twice")
+        found[name] = directory
+    return found

@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -17,6 +17,7 @@ import numpy as np
 import uvicorn
 
 from jaxformers import __version__
+from jaxformers.adapters import adapter_params
 from jaxformers.api import Model, load
 from jaxformers.generation import prepared
 from jaxformers.infer.embed import Pooling, embed
@@ -51,12 +52,14 @@ class Address:
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """What `serve` may be told beside the reference. name: what clients call the model; None: the reference's own.
-    draft: the reference of the model that guesses, where the engine's settings ask for one."""
+    draft: the reference of the model that guesses, where the engine's settings ask for one. adapters: directories in
+    peft's format, by the names that clients choose them by in place of the model's."""
 
     address: Address = field(default_factory=Address)
     engine: EngineConfig = field(default_factory=EngineConfig)
     settings: Settings = field(default_factory=Settings)
     draft: str | None = None
+    adapters: Mapping[str, str] = field(default_factory=dict)
     name: str | None = None
     pooling: Pooling = "mean"
     dtype: str | None = None
@@ -108,7 +111,16 @@ def serve(ref: str, options: Options) -> None:
     draft = None if options.draft is None else load(options.draft, dtype=options.dtype)
     name = options.name or _own_name(ref)
     served = served_model(model, options.engine, name=name, pooling=options.pooling, draft=draft)
+    add_adapters(served, model, options.adapters)
     run(served, options, listener)
+
+
+def add_adapters(served: Served, model: Model, refs: Mapping[str, str]) -> None:
+    """Lets clients choose adapters of the model by name. ValueError for one that is not its, or has its name."""
+    for name, ref in refs.items():
+        if name == served.name:
+            raise ValueError(f"adapter {name!r} has the model's own name; choose another, or --name")
+        served.engine.add_adapter(name, adapter_params(ref, model.config))
 
 
 def run(served: Served, options: Options, listener: socket.socket) -> None:

@@ -102,12 +102,25 @@ def model():
 
 
 @pytest.fixture(scope="session")
-def real(model) -> Iterator[Live]:
+def launched() -> Iterator[Callable[[Served], Live]]:
+    """`launched(served)`: a server of it, ready, that lives until the tests end."""
+    alive: list[Live] = []
+
+    def start(served: Served) -> Live:
+        alive.append(launch(served))
+        wait_until_ready(alive[-1])
+        return alive[-1]
+
+    yield start
+    for live in alive:
+        live.client.close()
+        live.server.should_exit = True
+    for live in alive:
+        live.thread.join(timeout=10)
+
+
+@pytest.fixture(scope="session")
+def real(model, launched) -> Live:
     """One server for all tests of the engine behind HTTP."""
     config = EngineConfig(slots=4, max_length=512, prefill_piece=32, queue_requests=64)
-    live = launch(served_model(model, config, name=NAME))
-    wait_until_ready(live)
-    yield live
-    live.client.close()
-    live.server.should_exit = True
-    live.thread.join(timeout=10)
+    return launched(served_model(model, config, name=NAME))
