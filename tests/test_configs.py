@@ -155,8 +155,10 @@ def test_eight_devices_hold_an_eighth_of_the_state_each(path):
     leaves = jax.tree.leaves(trainer.abstract_state)
     whole = sum(math.prod(a.shape) * a.dtype.itemsize for a in leaves)
     held = sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in leaves)
-    # Vectors and counters stay whole, and so do the matrices that expand latent attention's keys and values.
-    assert whole / 8 <= held < whole / 8 * 1.02
+    # Vectors and counters stay whole, and so do the matrices that expand latent attention's keys and values; where
+    # there is an adapter, ranks are not split, and blocks of a quantized base need not divide.
+    slack = 1.02 if config.lora is None else 4
+    assert whole / 8 <= held < whole / 8 * slack
     with jax.set_mesh(mesh):
         jax.eval_shape(trainer.program.step, trainer.abstract_state, abstract_batch(config, mesh))
 

@@ -51,12 +51,13 @@ def given(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(
-    "name", ["smollm2-sft", "smollm2-lora", "smollm2-qlora", "qwen3-8b-sft", "qwen3-8b-lora", "qwen3-8b-qlora"]
-)
+SMALL = ["smollm2-sft", "smollm2-lora", "smollm2-qlora"]
+LARGE = ["qwen3-8b-sft", "qwen3-8b-lora", "qwen3-8b-qlora"]
+
+
+@pytest.mark.parametrize("name", [*SMALL, *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE)])
 def test_a_recipe_runs_on_one_device_and_on_four_with_the_same_losses(name, given, tmp_path, monkeypatch):
-    accumulation = 1 if name.startswith("smollm2") else 2
-    rows = "fields" if name.startswith("smollm2") else "messages"
+    accumulation, rows = (1, "fields") if name in SMALL else (2, "messages")
     overrides = [
         *TINY,
         f"model={given / 'model'}",

@@ -199,19 +199,20 @@ def _matmul(n_in: int, x: jax.Array, w: jax.Array) -> jax.Array:
     return lax.dot_general(x, w.astype(x.dtype), (contract, ((), ())), preferred_element_type=jnp.float32)
 
 
-def _matmul_forward(n_in: int, x: Any, w: Any) -> tuple[jax.Array, tuple[jax.Array | None, jax.Array, bool]]:
-    # A weight that is not trained needs no gradient, and then the input need not be kept for it.
-    return _matmul(n_in, x.value, w.value), (x.value if w.perturbed else None, w.value, x.perturbed)
+def _matmul_forward(n_in: int, x: Any, w: Any) -> tuple[jax.Array, tuple[jax.Array | None, jax.Array, bool, jax.Array]]:
+    # A weight that is not trained needs no gradient, and then of the input only its dtype is kept, by an empty array.
+    like = jnp.zeros((0,), x.value.dtype)
+    return _matmul(n_in, x.value, w.value), (x.value if w.perturbed else None, w.value, x.perturbed, like)
 
 
 def _matmul_backward(
-    n_in: int, saved: tuple[jax.Array | None, jax.Array, bool], dy: jax.Array | SymbolicZero
+    n_in: int, saved: tuple[jax.Array | None, jax.Array, bool, jax.Array], dy: jax.Array | SymbolicZero
 ) -> tuple[jax.Array | None, jax.Array | None]:
-    x, w, x_is_wanted = saved
+    x, w, x_is_wanted, like = saved
     if isinstance(dy, SymbolicZero):
         return None, None
     rows = dy.ndim - (w.ndim - n_in)
-    dy = dy.astype(w.dtype if x is None else x.dtype)
+    dy = dy.astype(like.dtype)
     dx = None
     if x_is_wanted:
         dx_contract = (tuple(range(rows, dy.ndim)), tuple(range(n_in, w.ndim)))
