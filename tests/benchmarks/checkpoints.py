@@ -72,11 +72,11 @@ def state_of(gigabytes: float) -> Any:
 
 @contextmanager
 def timed(name: str, *, off: bool):
-    """Seconds that a function of the checkpoints' module takes, in a list; off: it is not called at all."""
-    from jaxformers.train import checkpoint
+    """Seconds that a function takes with which a checkpoint's folder is sealed, in a list; off: it is not called."""
+    from jaxformers.train import folders
 
     spent: list[float] = []
-    real = getattr(checkpoint, name)
+    real = getattr(folders, name)
 
     def function(*args: Any) -> None:
         start = time.perf_counter()
@@ -84,7 +84,7 @@ def timed(name: str, *, off: bool):
             real(*args)
         spent.append(time.perf_counter() - start)
 
-    with mock.patch.object(checkpoint, name, function):
+    with mock.patch.object(folders, name, function):
         yield spent
 
 

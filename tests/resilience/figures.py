@@ -10,6 +10,7 @@ import contextlib
 import io
 import random
 import sys
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -103,16 +104,16 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=1.0)
     options = parser.parse_args()
     rows = {  # kills first: their processes are forked, and may be only before jax has begun to compute here
-        "a process killed (SIGKILL) at random moments of its saves": killed(options.kills, local=False),
-        "the same, with a local disk in front of the run's folder": killed(options.kills, local=True),
-        "bits flipped, files cut, removed or swapped in a checkpoint": harmed(options.harms),
-        "a parameter's bit flipped on one device (`guard.recheck_every`)": flipped(options.flips),
-        "updates lost to a batch whose loss is NaN": poisoned(),
-        "what checksums add to a save": overhead(options.gigabytes),
+        "a process killed (SIGKILL) at random moments of its saves": partial(killed, options.kills, local=False),
+        "the same, with a local disk in front of the run's folder": partial(killed, options.kills, local=True),
+        "bits flipped, files cut, removed or swapped in a checkpoint": partial(harmed, options.harms),
+        "a parameter's bit flipped on one device (`guard.recheck_every`)": partial(flipped, options.flips),
+        "updates lost to a batch whose loss is NaN": poisoned,
+        "what checksums add to a save": partial(overhead, options.gigabytes),
     }
     print("| what was done | what came of it |\n|---|---|")
-    for done, found in rows.items():
-        print(f"| {done} | {found} |")
+    for done, find in rows.items():
+        print(f"| {done} | {find()} |", flush=True)
 
 
 if __name__ == "__main__":
