@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import re
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -13,6 +15,7 @@ from real_model import NAME, log_probabilities
 import jaxformers as jf
 
 pytestmark = pytest.mark.xdist_group("real server")
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -175,3 +178,9 @@ def test_leaving_a_stream_ends_its_work(client, real):
 def test_nothing_was_compiled_after_the_engine_was_ready(client, real):
     ask(client, "hello", n=2, logprobs=True, frequency_penalty=1, top_p=0.5, logit_bias={"65": -100})
     assert real.engine.stats().compilations_after_ready == 0
+
+
+def test_the_client_that_the_readme_shows_gets_an_answer(real, capsys):
+    [shown] = re.findall(r"```py\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    exec(shown.replace("http://localhost:8000", real.url).replace('model="smollm2"', f'model="{NAME}", max_tokens=8'))
+    assert capsys.readouterr().out.strip()
