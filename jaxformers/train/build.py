@@ -44,12 +44,12 @@ from jaxformers.train.average import averaged
 from jaxformers.train.balance import shift_expert_biases
 from jaxformers.train.checks import check_rows, check_settings
 from jaxformers.train.config import GuardConfig, LossConfig, MonitorConfig, RuntimeConfig, TrainConfig
-from jaxformers.train.loop import Program
 from jaxformers.train.losses import Batch, chunk_length, eval_sums, lm_loss
 from jaxformers.train.measure import make_measure, name_metrics
 from jaxformers.train.optim import make_optimizer, scale_updates, scaled
 from jaxformers.train.optimizer_config import OptimizerConfig, ScheduleConfig
 from jaxformers.train.qk_clip import qk_clip
+from jaxformers.train.reporting import Program
 from jaxformers.train.runtimes import make_runtime
 from jaxformers.train.schedules import make_schedule
 from jaxformers.train.state import TrainState, abstract_state, map_params, new_state, state_shardings
