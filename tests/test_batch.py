@@ -23,11 +23,7 @@ BYTES = byte_tokenizer()
 SETTINGS = {"max_new_tokens": 9, "temperature": 1.2, "seed": 3}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")

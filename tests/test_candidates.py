@@ -20,11 +20,7 @@ BYTES = byte_tokenizer()
 DRAWN = {"max_new_tokens": 6, "temperature": 0.8, "seed": 5}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")

@@ -22,12 +22,7 @@ from jaxformers.parallel.mesh import single_device_mesh
 BYTES = byte_tokenizer()
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Programs here run for a moment, so compiling them is all they cost."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def speller(text, *, ending=BYTES.eos_id, **fields):

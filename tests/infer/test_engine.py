@@ -12,7 +12,7 @@ from scipy import special
 from tiny import LLAMA, random_params
 
 from jaxformers.families import read_config
-from jaxformers.infer.engine import Engine, sizes
+from jaxformers.infer.engine import Engine
 from jaxformers.infer.generate import prepare_model
 from jaxformers.infer.request import EngineConfig, QueueFull, Request
 from jaxformers.models.decoder import forward
@@ -22,14 +22,7 @@ VOCAB, LENGTH = 300, 128
 CONFIG = EngineConfig(slots=3, page_size=4, prefill_chunk=16, prefill_piece=8, decode_steps=3, queue_requests=12)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Programs here run for a moment, so compiling them is all they cost. Attention takes several blocks of keys."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sizes, "KEY_BLOCK", 32)
-        yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("small_key_blocks")
 
 
 @functools.cache
@@ -39,7 +32,7 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def ready(quick_compilation):
+def ready(small_key_blocks):
     """One engine for all tests that need no other: what an earlier test left behind must not matter to a later one."""
     engine = Engine(model(), CONFIG)
     engine.warm_up()

@@ -13,7 +13,7 @@ from jaxformers.adapters import adapter_params
 from jaxformers.families import read_config
 from jaxformers.hub.peft import detach, write_adapter
 from jaxformers.hub.targets import Wish, plan_adapter
-from jaxformers.infer.engine import Engine, sizes
+from jaxformers.infer.engine import Engine
 from jaxformers.infer.generate import prepare_model
 from jaxformers.infer.request import EngineConfig, Request
 from jaxformers.models.adapters import add_adapter, is_adapted, merge
@@ -31,13 +31,7 @@ WISHES = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sizes, "KEY_BLOCK", 32)
-        yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("small_key_blocks")
 
 
 @functools.cache
@@ -66,7 +60,7 @@ def prepared(params):
 
 
 @pytest.fixture(scope="module")
-def ready(quick_compilation):
+def ready(small_key_blocks):
     engine = Engine(prepared(base()[1]), CONFIG)
     engine.warm_up()
     engine.add_adapter("all", adapted("all"))

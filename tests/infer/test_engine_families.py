@@ -3,13 +3,12 @@
 import dataclasses
 import functools
 
-import jax
 import pytest
 import torch
 from families.checkpoints import ROWS, checkpoint, tokens
 from infer.engines import tokens_of
 
-from jaxformers.infer.engine import Engine, sizes
+from jaxformers.infer.engine import Engine
 from jaxformers.infer.generate import prepare_model
 from jaxformers.infer.request import EngineConfig, Request
 from jaxformers.parallel.mesh import single_device_mesh
@@ -29,13 +28,8 @@ KINDS = (
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sizes, "KEY_BLOCK", 16)
-        yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("small_key_blocks")
+KEY_BLOCK = 16
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from infer.engines import answers
 from tiny import random_params
 
 from jaxformers.families import read_config
-from jaxformers.infer.engine import Engine, sizes
+from jaxformers.infer.engine import Engine
 from jaxformers.infer.engine.pages import piece_digests
 from jaxformers.infer.engine.recent import Recent
 from jaxformers.infer.generate import Generation, prepare_model
@@ -36,13 +36,7 @@ GEMMA = {
 CONFIG = EngineConfig(slots=3, page_size=4, prefill_chunk=16, prefill_piece=8, decode_steps=3)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sizes, "KEY_BLOCK", 32)
-        yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("small_key_blocks")
 
 
 @functools.cache

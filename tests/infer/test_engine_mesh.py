@@ -10,7 +10,7 @@ from infer.engines import Answer, answers, tokens_of
 from tiny import LLAMA, random_params
 
 from jaxformers.families import read_config
-from jaxformers.infer.engine import Engine, Replicas, sizes
+from jaxformers.infer.engine import Engine, Replicas
 from jaxformers.infer.request import EngineConfig, QueueFull, Request
 from jaxformers.models.params import model_spec
 from jaxformers.parallel.mesh import MeshConfig, make_mesh, param_shardings, single_device_mesh
@@ -36,13 +36,8 @@ SHAPES = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sizes, "KEY_BLOCK", 16)
-        yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("small_key_blocks")
+KEY_BLOCK = 16
 
 
 @functools.cache

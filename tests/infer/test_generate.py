@@ -23,12 +23,7 @@ EOS = 2  # of every checkpoint here
 NEW = CHUNK + 5  # the prefill's token, a whole chunk and a part of one
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Programs here run for a moment, so compiling them is all they cost."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @functools.cache

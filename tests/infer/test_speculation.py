@@ -10,7 +10,7 @@ from scipy import special
 from tiny import LLAMA, random_params
 
 from jaxformers.families import read_config
-from jaxformers.infer.engine import Engine, sizes
+from jaxformers.infer.engine import Engine
 from jaxformers.infer.engine.drafting import Text
 from jaxformers.infer.generate import prepare_model
 from jaxformers.infer.request import EngineConfig, Request
@@ -21,13 +21,7 @@ VOCAB, LENGTH = 40, 96
 CONFIG = EngineConfig(slots=3, page_size=4, prefill_chunk=16, prefill_piece=8, draft_tokens=3)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sizes, "KEY_BLOCK", 32)
-        yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("small_key_blocks")
 
 
 @functools.cache
