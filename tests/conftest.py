@@ -12,7 +12,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # XLA aborts the process when one of eight devices is late for a collective by 40 s, which a busy machine can be.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_collective_call_terminate_timeout_seconds=600"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_collective_call_terminate_timeout_seconds=180"
 os.environ.setdefault("JAXFORMERS_CACHE", str(Path(tempfile.gettempdir()) / "jaxformers-tests"))
 
 import jax

@@ -2,6 +2,9 @@
 
 import gzip
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ from tiny import run_config, write_corpus
 from jaxformers.config import load_config
 from jaxformers.train.config import ProfileConfig
 from jaxformers.train.profile import Profiler
-from jaxformers.training import fit, prepare_run
+from jaxformers.training import prepare_run
 
 
 def watched_run(folder: Path, **sections) -> dict:
@@ -42,11 +45,19 @@ def steps_in(trace: Path) -> list[int]:
     return sorted({int(event["args"]["step_num"]) for event in events if event.get("name") == "train"})
 
 
+def train(folder: Path, config: dict) -> None:
+    """The command in a process of its own, on one device."""
+    path = folder / "config.yaml"
+    path.write_text(json.dumps(config | {"mesh": {"fsdp": 1, "dp": 1}}), encoding="utf-8")
+    command = [sys.executable, "-m", "jaxformers", "train", str(path)]
+    subprocess.run(command, check=True, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True)
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     """A run of four steps, and then of two more in what may as well be another process."""
     folder = tmp_path_factory.mktemp("watched")
-    fit(watched_run(folder))
+    train(folder, watched_run(folder))
     return folder / "run"
 
 
@@ -78,7 +89,7 @@ def test_the_trace_holds_the_steps_of_its_window_and_opens_as_json(run):
 
 def test_a_run_says_what_it_is_and_how_it_goes_on_from_its_prompts(run):
     about = json.loads((run / "about.json").read_text())
-    assert about["devices"] == "8 (dp=8)"
+    assert about["devices"] == "1 (one)"
     assert about["versions"].keys() >= {"jax", "jaxformers"}
     (sample,) = json.loads((run / "samples.json").read_text())
     assert sample["prompt"] == "alpha"
@@ -86,7 +97,9 @@ def test_a_run_says_what_it_is_and_how_it_goes_on_from_its_prompts(run):
 
 def test_a_resumed_runs_window_counts_its_own_steps(run):
     traces_before = traces(run)
-    fit(watched_run(run.parent, train={"steps": 7, "eval_batches": 0}, sample={"prompts": []}, monitor={}))
+    train(
+        run.parent, watched_run(run.parent, train={"steps": 7, "eval_batches": 0}, sample={"prompts": []}, monitor={})
+    )
     (new,) = set(traces(run)) - set(traces_before)
     assert steps_in(new) == [6, 7], "one after the first, which was step 5"
 
@@ -95,7 +108,7 @@ def test_the_report_shows_what_the_run_measured(run, command, tmp_path):
     outcome = command("report", run, "--output", tmp_path / "page.html")
     assert outcome.code == 0
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    for name in ("loss/first", "grad_norm", "max_attention_logit", "8 (dp=8)"):
+    for name in ("loss/first", "grad_norm", "max_attention_logit", "1 (one)"):
         assert f'"{name}"' in page
 
 
