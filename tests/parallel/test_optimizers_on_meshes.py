@@ -13,7 +13,7 @@ from runs import MODELS, TOLERANCE
 from tiny import assert_bit_equal, random_params, relative_error
 
 from jaxformers.families import read_config
-from jaxformers.models.layout import block_spec, stack, unstack
+from jaxformers.models.layout import stack, unstack, unstack_spec
 from jaxformers.models.params import model_spec
 from jaxformers.parallel.mesh import MeshConfig, make_mesh
 from jaxformers.train.checkpoint import Checkpointer
@@ -58,7 +58,9 @@ class Updates:
         self.mesh = make_mesh(MeshConfig(**{"fsdp": 1} | mesh), devices=jax.devices()[:count])
         self.inward = partial(unstack, cfg=CFG) if unrolled else lambda params: params
         self.outward = partial(stack, cfg=CFG) if unrolled else lambda params: params
-        self.tx, self.abstract = self._abstract(optimizer, block_spec(CFG) if unrolled else model_spec(CFG))
+        self.tx, self.abstract = self._abstract(
+            optimizer, unstack_spec(model_spec(CFG), CFG) if unrolled else model_spec(CFG)
+        )
         _, self.plain = self._abstract(optimizer, model_spec(CFG))
         self.places = state_shardings(self.abstract)
         self.step = jax.jit(self._step, out_shardings=self.places, compiler_options=QUICKLY)

@@ -8,7 +8,7 @@ import pytest
 from tiny import LLAMA
 
 from jaxformers.families import read_config
-from jaxformers.models.layout import block_spec, unstack
+from jaxformers.models.layout import unstack, unstack_spec
 from jaxformers.models.params import model_spec
 from jaxformers.train.optim import decay_mask, make_optimizer
 from jaxformers.train.optimizer_config import GroupConfig, OptimizerConfig, ScheduleConfig
@@ -68,7 +68,7 @@ def assert_moves(found, rate, decay):
             np.testing.assert_allclose(leaf, np.full(leaf.shape, truth), rtol=1e-6, err_msg=f"{layer} {name}")
 
 
-FORMS = {"stacked": model_spec, "unrolled": block_spec}
+FORMS = {"stacked": model_spec, "unrolled": lambda cfg: unstack_spec(model_spec(cfg), cfg)}
 
 
 @pytest.mark.parametrize("form", FORMS)
