@@ -6,7 +6,6 @@ import itertools
 import random
 import re
 import signal
-import subprocess
 import threading
 import time
 from pathlib import Path
@@ -459,16 +458,7 @@ def test_a_run_without_a_whole_checkpoint_is_refused_and_left_alone(whole, tmp_p
 # -- a disk that is full
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A disk of 3 MB, which a few checkpoints fill."""
-    mounted = tmp_path / "disk"
-    mounted.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(mounted)]
-    if subprocess.run(command, check=False, capture_output=True).returncode:
-        pytest.skip("only root can mount a small disk")
-    yield mounted
-    subprocess.run(["umount", str(mounted)], check=True)
+DISK_SIZE = "3m"  # which a few checkpoints fill
 
 
 # Orbax leaves event loops behind when a write fails, which complain when they are collected.

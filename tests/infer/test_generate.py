@@ -27,12 +27,6 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @functools.cache
-def model(name):
-    c = checkpoint(name)
-    return prepare_model(c.ours.params, c.ours.config, single_device_mesh())
-
-
-@functools.cache
 def weights():
     """A model of two layers, for what the reference need not see."""
     cfg = read_config(LLAMA | {"vocab_size": VOCAB})
@@ -87,7 +81,7 @@ def reference(name, prompt, *, new=NEW, **settings):
 )
 def test_a_ragged_batch_continues_as_the_reference_continues_each_prompt_alone(name):
     rows = prompts(9, 5, 16)
-    made, finish, _ = run(model(name), rows, stop_ids=[EOS])
+    made, finish, _ = run(checkpoint(name).prepared, rows, stop_ids=[EOS])
     truth = [reference(name, prompt) for prompt in rows]
     assert made == truth
     assert finish == ["length" if len(row) == NEW else "stop" for row in truth]
@@ -96,7 +90,7 @@ def test_a_ragged_batch_continues_as_the_reference_continues_each_prompt_alone(n
 @pytest.mark.parametrize("length, new", [(15, 1), (15, 17), (16, 16), (17, 15), (1, 15)])
 def test_lengths_at_the_edges_of_buckets_change_nothing(length, new):
     (prompt,) = prompts(length)
-    (made,), _, _ = run(model("gpt2"), [prompt], new=new, stop_ids=[EOS])
+    (made,), _, _ = run(checkpoint("gpt2").prepared, [prompt], new=new, stop_ids=[EOS])
     assert made == reference("gpt2", prompt, new=new)
 
 
@@ -152,7 +146,7 @@ def test_logprobs_are_those_of_the_forward_pass():
 
 def test_the_repetition_penalty_is_the_references():
     rows = prompts(9, 5)
-    made, _, _ = run(model("gpt2"), rows, repetition_penalty=1.4, stop_ids=[EOS])
+    made, _, _ = run(checkpoint("gpt2").prepared, rows, repetition_penalty=1.4, stop_ids=[EOS])
     assert made == [reference("gpt2", prompt, repetition_penalty=1.4) for prompt in rows]
     assert made != [reference("gpt2", prompt) for prompt in rows]
 
@@ -229,7 +223,7 @@ def test_bfloat16_tokens_are_about_as_likely_in_float32():
 )
 def test_what_cannot_be_continued_is_refused(rows, new, line):
     with pytest.raises(ValueError, match=line):
-        Generation(model("gpt2"), rows, max_new_tokens=new)
+        Generation(checkpoint("gpt2").prepared, rows, max_new_tokens=new)
 
 
 def test_models_without_learned_positions_may_pass_their_context_which_is_logged(caplog):

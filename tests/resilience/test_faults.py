@@ -193,16 +193,7 @@ def test_training_goes_on_while_a_slow_disk_writes(tmp_path, monkeypatch):
     assert names(tmp_path / "run") == ["4", "6", "8"]
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A disk of 1 MB, which a dozen checkpoints fill."""
-    mounted = tmp_path / "disk"
-    mounted.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(mounted)]
-    if subprocess.run(command, check=False, capture_output=True).returncode:
-        pytest.skip("only root can mount a small disk")
-    yield mounted
-    subprocess.run(["umount", "--lazy", str(mounted)], check=True)
+DISK_SIZE = "1m"  # which a dozen checkpoints fill
 
 
 @pytest.mark.parametrize("noticed_before", [True, False])

@@ -3,7 +3,6 @@
 import itertools
 import os
 import shutil
-import subprocess
 import threading
 from pathlib import Path
 
@@ -139,17 +138,14 @@ def test_a_slow_store_does_not_hold_local_saves_up_nor_do_they_take_what_is_copi
     assert_right(run, 10)
 
 
+DISK_SIZE = "4m"
+
+
 @pytest.fixture
-def full_disk(tmp_path):
-    """A disk of 4 MB with 64 KiB left, which is less than a checkpoint."""
-    mounted = tmp_path / "disk"
-    mounted.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(mounted)]
-    if subprocess.run(command, check=False, capture_output=True).returncode:
-        pytest.skip("only root can mount a small disk")
-    (mounted / "something else").write_bytes(b"\1" * (2**22 - 2**16))
-    yield mounted
-    subprocess.run(["umount", "--lazy", str(mounted)], check=True)
+def full_disk(small_disk):
+    """A disk with 64 KiB left, which is less than a checkpoint."""
+    (small_disk / "something else").write_bytes(b"\1" * (2**22 - 2**16))
+    return small_disk
 
 
 @pytest.mark.parametrize("which", ["local", "store"])
