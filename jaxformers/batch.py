@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from jaxformers.api import Model
 
 LONGEST = 8192  # tokens of a prompt and its answer unless more are asked for: a whole long context takes a vast cache
+READ_AT_ONCE = 2048  # tokens of prompts before others get on: nobody waits for single tokens, so slots are filled first
 
 
 @dataclass
@@ -76,7 +77,8 @@ def generate_file(
 
 def _engine(model: Model, slots: int, max_length: int | None) -> Engine:
     longest = min(model.config.context_length, LONGEST) if max_length is None else max_length
-    config = EngineConfig(slots=slots, max_length=longest, queue_requests=2 * slots, queue_tokens=2 * slots * longest)
+    waiting = {"queue_requests": 2 * slots, "queue_tokens": 2 * slots * longest}
+    config = EngineConfig(slots=slots, max_length=longest, prefill_chunk=READ_AT_ONCE, **waiting)
     engine = Engine(prepared(model), config)
     engine.warm_up()
     return engine

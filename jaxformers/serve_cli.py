@@ -45,7 +45,7 @@ def serve(
     max_length: Annotated[int | None, typer.Option(help="Tokens of a prompt and its answer at most.", min=1)] = None,
     cache_tokens: Annotated[int | None, typer.Option(help="Tokens that the cache holds in all.", min=1)] = None,
     page_size: Annotated[int, typer.Option(help="Tokens of a page of the cache.", min=1)] = 16,
-    prefill_chunk: Annotated[int, typer.Option(help="Prompt tokens read between two decoding steps.", min=1)] = 256,
+    prefill_chunk: Annotated[int, typer.Option(help="Prompt tokens read between two decoding steps.", min=1)] = 128,
     decode_steps: Annotated[int, typer.Option(help="Tokens between two looks at the host.", min=1)] = 4,
     prefix_cache: Annotated[bool, typer.Option(help="Keep what was read for prompts that begin alike.")] = True,
     speculate: Annotated[

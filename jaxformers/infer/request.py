@@ -94,19 +94,20 @@ class EngineConfig:
     context length. cache_tokens: what the paged cache holds of all requests and of the prefixes kept for later; None:
     slots * max_length. page_size: tokens of a page. prefill_chunk: tokens of a prompt that are read between two
     decoding steps, in pieces of prefill_piece, which stand at multiples of their size; a prefix is found in whole
-    pieces. decode_steps: tokens of each request between two looks at the host. queue_requests, queue_tokens: what may
-    wait. prefix_cache: whether prompts find what others have read. cache_dtype: None keeps keys and values as the model
-    computes; int8, each token's of a head with a scale of their own, takes a quarter of float32 and half of bfloat16.
-    adapters: how many may be loaded at a time, each of a rank up to adapter_rank. speculate: by what the next
-    draft_tokens tokens are guessed, to be verified in one pass: by what followed the same tokens earlier in the text,
-    or by a draft model; it changes no token, and takes the place of decode_steps.
+    pieces. A larger chunk fills free slots sooner, and holds up longer those that make tokens. decode_steps: tokens of
+    each request between two looks at the host. queue_requests, queue_tokens: what may wait. prefix_cache: whether
+    prompts find what others have read. cache_dtype: None keeps keys and values as the model computes; int8, each
+    token's of a head with a scale of their own, takes a quarter of float32 and half of bfloat16. adapters: how many may
+    be loaded at a time, each of a rank up to adapter_rank. speculate: by what the next draft_tokens tokens are guessed,
+    to be verified in one pass: by what followed the same tokens earlier in the text, or by a draft model; it changes no
+    token, and takes the place of decode_steps.
     """
 
     slots: int = 8
     max_length: int | None = None
     cache_tokens: int | None = None
     page_size: int = 16
-    prefill_chunk: int = 256
+    prefill_chunk: int = 128
     prefill_piece: int = 64
     decode_steps: int = 4
     queue_requests: int = 256

@@ -1,12 +1,14 @@
 """The engine beside the plain decoding loop and `transformers`, turn by turn: as many requests as rows, all at once.
 
     python tests/benchmarks/engine.py throughput [--batch 8] [--prompt 128] [--new-tokens 128] [--rounds 3]
+    python tests/benchmarks/engine.py decode [the same]
     python tests/benchmarks/engine.py prefix [--prompt 1000]
     python tests/benchmarks/engine.py interference
 
 Llama shape of 100M parameters, float32 (see versus_transformers.py). throughput: new tokens a second, prompts included,
 of the engine with as many slots, of `infer.generate` (a jitted loop over one batch, the best that is to be had without
-scheduling) and of `transformers` with a static cache. prefix: the time to the first token of a prompt that was read
+scheduling) and of `transformers` with a static cache. decode: the same behind the first tokens, by the difference to
+the time that those alone take. prefix: the time to the first token of a prompt that was read
 before, and of one that was not. interference: the times between tokens of requests that run while long prompts come.
 """
 
@@ -35,10 +37,10 @@ def prepared():
     return random_prepared(read_config(versus.SHAPE), "float32")
 
 
-def ready(slots: int, *, max_length: int = 1024):
+def ready(slots: int, **sizes: int):
     import jaxformers as jf
 
-    engine = jf.Engine(prepared(), jf.EngineConfig(slots=slots, max_length=max_length))
+    engine = jf.Engine(prepared(), jf.EngineConfig(slots=slots, **{"max_length": 1024} | sizes))
     engine.warm_up()
     return engine
 
@@ -52,7 +54,8 @@ def prompts(count: int, length: int, seed: int = 0) -> list[list[int]]:
 def engine_arm(batch: int) -> Callable[[], None]:
     import jaxformers as jf
 
-    engine, rounds = ready(batch), iter(range(10**6))
+    # Nobody waits for single tokens here, so all prompts are read before any continues.
+    engine, rounds = ready(batch, prefill_chunk=4096), iter(range(10**6))
 
     def run() -> None:
         for prompt in prompts(batch, versus.PROMPT, seed=next(rounds)):  # none that was read before
@@ -63,6 +66,35 @@ def engine_arm(batch: int) -> Callable[[], None]:
         assert made == batch * versus.NEW
 
     return run
+
+
+def make_arms(batch: int) -> dict[str, Callable[[], None]]:
+    return {
+        "engine": engine_arm(batch),
+        "infer.generate": versus.ours_decode(batch),
+        "transformers, static cache": versus.theirs_decode(batch, "static"),
+    }
+
+
+def decode(batch: int, new: int, rounds: int) -> None:
+    arms, seconds = {}, {}
+    for count in (1, 1 + new):
+        versus.NEW = count
+        arms[count] = make_arms(batch)
+    for round_number in range(rounds + 1):
+        for name in arms[1]:
+            taken = {}
+            for count, made in arms.items():
+                versus.NEW = count
+                start = time.perf_counter()
+                made[name]()
+                taken[count] = time.perf_counter() - start
+            if round_number:  # the first round warms up
+                seconds.setdefault(name, []).append(taken[1 + new] - taken[1])
+    ours = statistics.median(seconds["engine"])
+    for name, times in seconds.items():
+        time_taken = statistics.median(times)
+        print(f"{name:28s} {batch * new / time_taken:8.1f} tokens/s   engine is {time_taken / ours:.2f} x as fast")
 
 
 def first_token(engine, prompt: list[int]) -> float:
@@ -116,7 +148,7 @@ def interference() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("throughput", "prefix", "interference"))
+    parser.add_argument("what", choices=("throughput", "decode", "prefix", "interference"))
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--prompt", type=int)
     parser.add_argument("--new-tokens", type=int, default=versus.NEW)
@@ -127,12 +159,9 @@ def main() -> None:
     if options.what == "interference":
         return interference()
     versus.PROMPT, versus.NEW = options.prompt or versus.PROMPT, options.new_tokens
-    arms = {
-        "engine": engine_arm(options.batch),
-        "infer.generate": versus.ours_decode(options.batch),
-        "transformers, static cache": versus.theirs_decode(options.batch, "static"),
-    }
-    return versus.compare(arms, options.batch * options.new_tokens, options.rounds)
+    if options.what == "decode":
+        return decode(options.batch, options.new_tokens, options.rounds)
+    return versus.compare(make_arms(options.batch), options.batch * options.new_tokens, options.rounds)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Literal
 from jaxformers.infer.request import EngineConfig
 from jaxformers.models.config import ModelConfig
 
-KEY_BLOCK = 128  # keys that attention looks at together: more wastes time on short rows, fewer on the loop
+KEY_BLOCK = 64  # keys that attention looks at together: more wastes time on short rows, fewer on the loop
 FREE = (
     "prefix_cache",
     "queue_requests",
