@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+from serve.browser import Browser
 
 from jaxformers.report.page import MOST_POINTS, render, write_report
 from jaxformers.report.read import read_run
@@ -160,3 +161,41 @@ def test_a_config_that_is_no_yaml_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"config.yaml is not YAML: ") as refusal:
         read_run(path)
     assert "\n" not in str(refusal.value)
+
+
+POINTER = """(() => {
+  const svg = document.querySelector("section.card svg"), box = svg.getBoundingClientRect();
+  for (const [kind, share] of %s)
+    svg.dispatchEvent(new PointerEvent(kind,
+      {clientX: box.left + share * box.width, clientY: box.top + 50, pointerType: "mouse", bubbles: true}));
+})()"""
+
+
+def test_its_plots_are_drawn_say_what_the_pointer_is_at_and_zoom(tmp_path):
+    runs = [write_run(tmp_path / name, steps=60, done=60) for name in ("a", "b")]
+    write_report(runs, tmp_path / "report.html")
+    browser = Browser(tmp_path / "profile")
+
+    def marks():
+        return browser.see(
+            "[...document.querySelector('section.card svg').querySelectorAll('text')].map(t => t.innerHTML)"
+        )
+
+    try:
+        browser.open((tmp_path / "report.html").as_uri(), width=1200, height=900)
+        assert browser.see("document.querySelector('section.card h3').textContent") == "Training loss nats"
+        assert browser.see("document.querySelectorAll('section.card svg')[0].querySelectorAll('path').length") == len(
+            runs
+        )
+        whole = marks()
+        browser.see(POINTER % '[["pointermove", 1]]')
+        assert browser.text("#tip").split() == ["step", "60", "a", "0.08333", "b", "0.08333"]
+        browser.see(POINTER % '[["pointerdown", 0.5], ["pointermove", 0.6], ["pointerup", 0.7]]')
+        assert marks() != whole
+        browser.see("document.querySelector('section.card svg').dispatchEvent(new Event('dblclick'))")
+        assert marks() == whole
+        browser.click("section.card button")
+        assert marks() != whole
+        assert browser.problems == []
+    finally:
+        browser.close()

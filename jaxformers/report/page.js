@@ -92,137 +92,173 @@ function logTicks(low, high) {
 
 function chart(title, lines, { log = false, smooths = true, unit = "", wide = false } = {}) {
   const card = el("section", { class: wide ? "card wide" : "card" });
-  const own = { log, hover: null };
+  const own = { lines, smooths, log, view: null };
   const toggle = el("button", { "aria-pressed": log, title: "Logarithmic y axis", onclick: () => {
     own.log = !own.log; toggle.setAttribute("aria-pressed", own.log); draw();
   } }, "log");
   const svg = el("svg:svg", { role: "img", "aria-label": title, tabindex: 0 });
   card.append(el("div", { class: "top" }, el("h3", {}, title, unit ? el("span", { class: "soft" }, ` ${unit}`) : ""), toggle), svg);
-  const names = new Set(lines.map((line) => line.name));
   const byRun = lines.every((line) => line.color === line.run);
   if (lines.length > 1 && !byRun)
     card.append(el("div", { class: "legend" }, ...lines.map((line) => el("span", {}, dot(line.color), line.name))));
-
-  let scale = null;
+  const id = `clip${charts.length}`;
   function draw() {
     const width = svg.clientWidth, height = svg.clientHeight;
     if (!width) return;
     svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
-    const shown = lines.filter((line) => state.shown[line.run]).map((line) => {
-      const x = line.x.map((step) => place(runs[line.run], step));
-      const ok = (v) => v !== null && (!own.log || v > 0);
-      const raw = line.y.map((v) => (ok(v) ? v : null));
-      const weight = smooths && !line.dots ? state.smooth : 0;
-      return { ...line, px: x, raw, even: weight ? smoothed(raw, weight) : raw, weight };
-    });
-    const xs = shown.flatMap((line) => line.px.filter((v, i) => v !== null && line.raw[i] !== null));
-    svg.replaceChildren();
-    if (!xs.length) {
-      const text = own.log && lines.some((line) => state.shown[line.run]) ? "nothing above zero" : "nothing to show";
-      svg.append(el("svg:text", { x: width / 2, y: height / 2, "text-anchor": "middle" }, text));
-      scale = null;
-      return;
-    }
-    let [x0, x1] = state.zoom || [xs.reduce((a, b) => Math.min(a, b)), xs.reduce((a, b) => Math.max(a, b))];
-    if (x1 <= x0) { x0 -= 0.5; x1 += 0.5; }
-    let y0 = Infinity, y1 = -Infinity;
-    const all = [];
-    for (const line of shown) line.px.forEach((x, i) => {
-      if (x === null || x < x0 || x > x1 || line.raw[i] === null) return;
-      y0 = Math.min(y0, line.even[i]); y1 = Math.max(y1, line.even[i]);
-      all.push(line.raw[i]);
-    });
-    if (!isFinite(y0)) { y0 = own.log ? 0.1 : 0; y1 = 1; }
-    // What lies behind a smooth line may be cut off: a single spike must not flatten all the rest.
-    all.sort((a, b) => a - b);
-    if (all.length && state.smooth) { y0 = Math.min(y0, all[Math.floor(0.01 * all.length)]); y1 = Math.max(y1, all[Math.ceil(0.99 * all.length) - 1]); }
-    const to = own.log ? Math.log10 : (v) => v;
-    let low = to(y0), high = to(y1);
-    const room = high > low ? (high - low) * 0.06 : own.log ? 0.1 : Math.abs(high) * 0.05 || 1;
-    const floor = low;
-    low -= room; high += room;
-    if (!own.log && floor >= 0 && low < 0) low = 0;
-    const from = own.log ? (v) => 10 ** v : (v) => v;
-    const marks = own.log ? logTicks(from(low), from(high)) : ticks(low, high, Math.max(Math.floor(height / 40), 2));
-    const labels = marks.map(short);
-    const left = 12 + 6.4 * Math.max(...labels.map((l) => l.length), 2), right = width - 10, top = 10, bottom = height - 24;
-    const X = (v) => left + ((v - x0) / (x1 - x0)) * (right - left), Y = (v) => bottom - ((to(v) - low) / (high - low)) * (bottom - top);
-    marks.forEach((v, i) => svg.append(
-      el("svg:line", { class: "tick", x1: left, x2: right, y1: Math.round(Y(v)) + 0.5, y2: Math.round(Y(v)) + 0.5 }),
-      el("svg:text", { x: left - 6, y: Y(v) + 4, "text-anchor": "end" }, labels[i])));
-    svg.append(el("svg:line", { class: "base", x1: left, x2: right, y1: bottom + 0.5, y2: bottom + 0.5 }));
-    for (const v of ticks(x0, x1, Math.max(Math.floor((right - left) / 90), 2)))
-      if (state.axis !== "step" || Number.isInteger(v)) {
-        const x = X(v), anchor = x > right - 16 ? "end" : x < left + 12 ? "start" : "middle";
-        svg.append(el("svg:text", { x, y: height - 7, "text-anchor": anchor }, short(v)));
-      }
-    const id = `clip${charts.indexOf(draw)}`;
-    svg.append(el("svg:clipPath", { id }, el("svg:rect", { x: left - 1, y: top - 6, width: right - left + 2, height: bottom - top + 7 })));
-    const inside = el("svg:g", { "clip-path": `url(#${id})` });
-    const path = (line, values) => {
-      let pen = "M", text = "";
-      line.px.forEach((x, i) => {
-        if (x === null || values[i] === null) { pen = "M"; return; }
-        text += `${pen}${X(x).toFixed(1)} ${Y(values[i]).toFixed(1)}`;
-        pen = "L";
-      });
-      return text;
-    };
-    for (const line of shown) {
-      const style = `stroke:${color(line.color)}`;
-      const there = line.raw.filter((v) => v !== null).length;
-      if (line.weight) inside.append(el("svg:path", { class: "raw", d: path(line, line.raw), style }));
-      inside.append(el("svg:path", { d: path(line, line.even), style, "stroke-dasharray": dash(line.color) }));
-      if (line.dots ? there < 60 : there < 3)
-        line.px.forEach((x, i) => x !== null && line.raw[i] !== null && inside.append(
-          el("svg:circle", { cx: X(x), cy: Y(line.raw[i]), r: 3, style: `fill:${color(line.color)}` })));
-    }
-    svg.append(inside);
-    scale = { shown, x0, x1, left, right, top, bottom, X, Y };
+    own.view = viewOf(own, width, height);
+    svg.replaceChildren(...(own.view ? [...axesOf(own.view), ...curvesOf(own.view, id)] : [emptyText(own, width, height)]));
   }
+  listen(svg, own);
+  charts.push(draw);
+  return card;
+}
 
+function emptyText(own, width, height) {
+  const text = own.log && own.lines.some((line) => state.shown[line.run]) ? "nothing above zero" : "nothing to show";
+  return el("svg:text", { x: width / 2, y: height / 2, "text-anchor": "middle" }, text);
+}
+
+// The lines of shown runs: where their points stand (px), what can be drawn of them (raw), and that made even.
+function shownLines({ lines, log, smooths }) {
+  const ok = (v) => v !== null && (!log || v > 0);
+  return lines.filter((line) => state.shown[line.run]).map((line) => {
+    const raw = line.y.map((v) => (ok(v) ? v : null)), weight = smooths && !line.dots ? state.smooth : 0;
+    const px = line.x.map((step) => place(runs[line.run], step));
+    return { ...line, px, raw, even: weight ? smoothed(raw, weight) : raw, weight };
+  });
+}
+
+// The y values that are to be seen between two x values.
+function heightsOf(shown, x0, x1, log) {
+  let y0 = Infinity, y1 = -Infinity;
+  const all = [];
+  for (const line of shown) line.px.forEach((x, i) => {
+    if (x === null || x < x0 || x > x1 || line.raw[i] === null) return;
+    y0 = Math.min(y0, line.even[i]); y1 = Math.max(y1, line.even[i]);
+    all.push(line.raw[i]);
+  });
+  if (!isFinite(y0)) return log ? [0.1, 1] : [0, 1];
+  // What lies behind a smooth line may be cut off: a single spike must not flatten all the rest.
+  all.sort((a, b) => a - b);
+  return state.smooth ? [Math.min(y0, all[Math.floor(0.01 * all.length)]), Math.max(y1, all[Math.ceil(0.99 * all.length) - 1])] : [y0, y1];
+}
+
+// What a chart shows and where: its lines, limits, marks, edges, and the places X and Y of values; null without points.
+function viewOf(own, width, height) {
+  const shown = shownLines(own), { log } = own;
+  const xs = shown.flatMap((line) => line.px.filter((v, i) => v !== null && line.raw[i] !== null));
+  if (!xs.length) return null;
+  let [x0, x1] = state.zoom || [xs.reduce((a, b) => Math.min(a, b)), xs.reduce((a, b) => Math.max(a, b))];
+  if (x1 <= x0) { x0 -= 0.5; x1 += 0.5; }
+  const to = log ? Math.log10 : (v) => v, from = log ? (v) => 10 ** v : (v) => v;
+  const [floor, ceiling] = heightsOf(shown, x0, x1, log).map(to);
+  const room = ceiling > floor ? (ceiling - floor) * 0.06 : log ? 0.1 : Math.abs(ceiling) * 0.05 || 1;
+  const low = !log && floor >= 0 && floor - room < 0 ? 0 : floor - room, high = ceiling + room;
+  const marks = log ? logTicks(from(low), from(high)) : ticks(low, high, Math.max(Math.floor(height / 40), 2));
+  const labels = marks.map(short);
+  const left = 12 + 6.4 * Math.max(...labels.map((l) => l.length), 2), right = width - 10, top = 10, bottom = height - 24;
+  const X = (v) => left + ((v - x0) / (x1 - x0)) * (right - left), Y = (v) => bottom - ((to(v) - low) / (high - low)) * (bottom - top);
+  return { shown, x0, x1, marks, labels, left, right, top, bottom, height, X, Y };
+}
+
+function axesOf({ x0, x1, marks, labels, left, right, bottom, height, X, Y }) {
+  const made = marks.flatMap((v, i) => [
+    el("svg:line", { class: "tick", x1: left, x2: right, y1: Math.round(Y(v)) + 0.5, y2: Math.round(Y(v)) + 0.5 }),
+    el("svg:text", { x: left - 6, y: Y(v) + 4, "text-anchor": "end" }, labels[i])]);
+  made.push(el("svg:line", { class: "base", x1: left, x2: right, y1: bottom + 0.5, y2: bottom + 0.5 }));
+  for (const v of ticks(x0, x1, Math.max(Math.floor((right - left) / 90), 2)))
+    if (state.axis !== "step" || Number.isInteger(v)) {
+      const x = X(v), anchor = x > right - 16 ? "end" : x < left + 12 ? "start" : "middle";
+      made.push(el("svg:text", { x, y: height - 7, "text-anchor": anchor }, short(v)));
+    }
+  return made;
+}
+
+function curvesOf({ shown, left, right, top, bottom, X, Y }, id) {
+  const clip = el("svg:clipPath", { id }, el("svg:rect", { x: left - 1, y: top - 6, width: right - left + 2, height: bottom - top + 7 }));
+  const inside = el("svg:g", { "clip-path": `url(#${id})` });
+  for (const line of shown) {
+    const style = `stroke:${color(line.color)}`;
+    const there = line.raw.filter((v) => v !== null).length;
+    if (line.weight) inside.append(el("svg:path", { class: "raw", d: pathOf(line, line.raw, X, Y), style }));
+    inside.append(el("svg:path", { d: pathOf(line, line.even, X, Y), style, "stroke-dasharray": dash(line.color) }));
+    if (line.dots ? there < 60 : there < 3)
+      line.px.forEach((x, i) => x !== null && line.raw[i] !== null && inside.append(
+        el("svg:circle", { cx: X(x), cy: Y(line.raw[i]), r: 3, style: `fill:${color(line.color)}` })));
+  }
+  return [clip, inside];
+}
+
+function pathOf(line, values, X, Y) {
+  let pen = "M", text = "";
+  line.px.forEach((x, i) => {
+    if (x === null || values[i] === null) { pen = "M"; return; }
+    text += `${pen}${X(x).toFixed(1)} ${Y(values[i]).toFixed(1)}`;
+    pen = "L";
+  });
+  return text;
+}
+
+// -- what a pointer over a chart shows, and how it zooms
+
+function listen(svg, own) {
   const marks = el("svg:g");
   let pressed = null;
   const at = (event) => event.clientX - svg.getBoundingClientRect().left;
-  const value = (px) => scale.x0 + ((Math.min(Math.max(px, scale.left), scale.right) - scale.left) / (scale.right - scale.left)) * (scale.x1 - scale.x0);
-  function show(event) {
-    if (!scale) return;
-    const px = at(event), x = value(px);
-    marks.replaceChildren();
+  const show = (event) => {
+    if (!own.view) return;
     svg.append(marks);
-    if (pressed !== null && Math.abs(px - pressed) > 4) {
-      const a = Math.max(Math.min(px, pressed), scale.left), b = Math.min(Math.max(px, pressed), scale.right);
-      marks.append(el("svg:rect", { class: "brush", x: a, width: Math.max(b - a, 0), y: scale.top, height: scale.bottom - scale.top }));
-    }
-    const rows = [];
-    let near = null;
-    for (const line of scale.shown) {
-      let found = -1;
-      line.px.forEach((v, i) => { if (v !== null && line.raw[i] !== null && v >= scale.x0 && v <= scale.x1 && (found < 0 || Math.abs(v - x) < Math.abs(line.px[found] - x))) found = i; });
-      if (found < 0) continue;
-      if (near === null || Math.abs(line.px[found] - x) < Math.abs(near.px - x)) near = { px: line.px[found], step: line.x[found] };
-      rows.push({ line, i: found });
-    }
-    if (!rows.length) return;
-    marks.append(el("svg:line", { class: "cross", x1: scale.X(near.px), x2: scale.X(near.px), y1: scale.top, y2: scale.bottom }));
-    const table = el("table", {}, el("tr", {}, el("td", { class: "soft" }, `step ${near.step}`), el("td", { class: "soft" }, state.axis === "step" ? "" : `${short(near.px)} ${AXES[state.axis]}`)));
-    for (const { line, i } of rows) {
-      marks.append(el("svg:circle", { cx: scale.X(line.px[i]), cy: Math.min(Math.max(scale.Y(line.even[i]), scale.top), scale.bottom), r: 3.5, style: `fill:${color(line.color)};stroke:var(--card);stroke-width:1.5` }));
-      const smooth = line.weight ? ` (${short(line.even[i])} smooth)` : "";
-      table.append(el("tr", {}, el("td", {}, dot(line.color), line.name), el("td", {}, `${short(line.raw[i])}${smooth}`)));
-    }
-    showTip(event, table);
-  }
+    marks.replaceChildren(...brushOf(own.view, pressed, at(event)));
+    pointAt(own.view, at(event), marks, event);
+  };
   svg.addEventListener("pointermove", show);
-  svg.addEventListener("pointerdown", (event) => { if (scale && event.pointerType === "mouse") pressed = at(event); else show(event); });
+  svg.addEventListener("pointerdown", (event) => { if (own.view && event.pointerType === "mouse") pressed = at(event); else show(event); });
   svg.addEventListener("pointerup", (event) => {
-    if (pressed !== null && Math.abs(at(event) - pressed) > 8) { state.zoom = [value(Math.min(pressed, at(event))), value(Math.max(pressed, at(event)))]; redraw(); }
+    if (pressed !== null && Math.abs(at(event) - pressed) > 8) {
+      state.zoom = [pressed, at(event)].map((px) => valueAt(own.view, px)).sort((a, b) => a - b);
+      redraw();
+    }
     pressed = null;
   });
   svg.addEventListener("pointerleave", () => { pressed = null; marks.remove(); tip.hidden = true; });
   svg.addEventListener("dblclick", () => { state.zoom = null; redraw(); });
-  charts.push(draw);
-  return card;
+}
+
+const within = ({ left, right }, px) => Math.min(Math.max(px, left), right);
+const valueAt = (view, px) => view.x0 + ((within(view, px) - view.left) / (view.right - view.left)) * (view.x1 - view.x0);
+
+function brushOf(view, pressed, px) {
+  if (pressed === null || Math.abs(px - pressed) <= 4) return [];
+  const [a, b] = [pressed, px].map((edge) => within(view, edge)).sort((one, other) => one - other);
+  return [el("svg:rect", { class: "brush", x: a, width: b - a, y: view.top, height: view.bottom - view.top })];
+}
+
+// The number of a line's visible point that is nearest to x; -1 where there is none.
+function nearest(line, x, { x0, x1 }) {
+  let found = -1;
+  line.px.forEach((v, i) => {
+    if (v !== null && line.raw[i] !== null && v >= x0 && v <= x1 && (found < 0 || Math.abs(v - x) < Math.abs(line.px[found] - x))) found = i;
+  });
+  return found;
+}
+
+function pointAt(view, px, marks, event) {
+  const x = valueAt(view, px);
+  const rows = view.shown.map((line) => ({ line, i: nearest(line, x, view) })).filter(({ i }) => i >= 0);
+  if (!rows.length) return;
+  const far = ({ line, i }) => Math.abs(line.px[i] - x);
+  const { line: closest, i: point } = rows.reduce((a, b) => (far(b) < far(a) ? b : a));
+  const at = closest.px[point];
+  marks.append(el("svg:line", { class: "cross", x1: view.X(at), x2: view.X(at), y1: view.top, y2: view.bottom }));
+  const table = el("table", {}, el("tr", {}, el("td", { class: "soft" }, `step ${closest.x[point]}`), el("td", { class: "soft" }, state.axis === "step" ? "" : `${short(at)} ${AXES[state.axis]}`)));
+  for (const { line, i } of rows) {
+    const cy = Math.min(Math.max(view.Y(line.even[i]), view.top), view.bottom);
+    marks.append(el("svg:circle", { cx: view.X(line.px[i]), cy, r: 3.5, style: `fill:${color(line.color)};stroke:var(--card);stroke-width:1.5` }));
+    const smooth = line.weight ? ` (${short(line.even[i])} smooth)` : "";
+    table.append(el("tr", {}, el("td", {}, dot(line.color), line.name), el("td", {}, `${short(line.raw[i])}${smooth}`)));
+  }
+  showTip(event, table);
 }
 
 function showTip(event, content) {
@@ -288,7 +324,7 @@ const lineOf = (run, name, more = {}) => ({ run, color: run, name: runs[run].nam
 const having = (name) => runs.map((_, i) => i).filter((i) => runs[i].series[name]);
 const used = new Set();
 
-function plots(title, specs) {
+function plots(specs) {
   const cards = [];
   for (const [name, label, options = {}] of specs) {
     used.add(name);
@@ -493,18 +529,18 @@ function redraw() { for (const draw of charts) draw(); for (const draw of heats)
 header();
 controls();
 section("Learning", grid([
-  ...plots("", [["loss", "Training loss", { unit: "nats" }]]),
-  ...plots("", [["validation_loss", "Validation loss", { unit: "nats", dots: true }]]),
+  ...plots([["loss", "Training loss", { unit: "nats" }]]),
+  ...plots([["validation_loss", "Validation loss", { unit: "nats", dots: true }]]),
   ...families("loss", "Training loss by source", { unit: "nats" }),
   ...families("validation_loss", "Validation loss by source", { unit: "nats", dots: true }),
-  ...plots("", [
+  ...plots([
     ["accuracy", "Token accuracy"], ["grad_norm", "Gradient norm", { log: true }], ["lr", "Learning rate", { smooths: false }],
     ["mtp_loss", "Multi-token prediction loss", { unit: "nats" }],
     ["expert_load_max", "Busiest expert, times an even load"], ["expert_dropped", "Visits to experts that were dropped"],
     ["skipped_total", "Updates skipped, in all", { smooths: false }], ["spikes_total", "Loss spikes, in all", { smooths: false }],
   ]),
 ]));
-section("Speed", grid(plots("", [
+section("Speed", grid(plots([
   ["tokens_per_second", "Tokens per second"], ["mfu", "Model FLOPs utilization"], ["step_seconds", "Seconds a step", { log: true }], ["goodput", "Goodput so far", { smooths: false }],
 ])), timeUse());
 section("Inside the model", inside(), experts(), grid([
