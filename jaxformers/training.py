@@ -26,6 +26,7 @@ from jaxformers.data.corpus import build_tokenizer
 from jaxformers.data.pipeline import to_global
 from jaxformers.data.rows import Row
 from jaxformers.data.tokenizer import Tokenizer, check_vocabulary
+from jaxformers.environment import give_cpu_devices_threads
 from jaxformers.families import read_config
 from jaxformers.families.catalog import is_published
 from jaxformers.families.common import untied, without_mtp
@@ -206,6 +207,7 @@ def fit(
         config = load_config(config, overrides)
     elif overrides:
         config = load_config(config.model_dump(mode="json"), overrides)
+    give_cpu_devices_threads()  # for scripts, which do not pass by the command line; too late if they used jax before
     started = time.perf_counter()
     console = console or Console(stderr=True, quiet=not is_first())
     setup = prepare_run(config)

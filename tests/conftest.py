@@ -19,10 +19,13 @@ os.environ.setdefault("JAXFORMERS_CACHE", str(Path(tempfile.gettempdir()) / "jax
 import jax
 import pytest
 
+from jaxformers.environment import give_cpu_devices_threads
+
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_compilation_cache_dir", str(Path(os.environ["JAXFORMERS_CACHE"]) / "xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+give_cpu_devices_threads()
 
 
 @pytest.fixture(scope="module")
