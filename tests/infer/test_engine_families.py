@@ -30,15 +30,8 @@ KINDS = (
 )
 
 
-pytestmark = pytest.mark.usefixtures("small_key_blocks")
+pytestmark = pytest.mark.usefixtures("small_key_blocks", "programs_go_with_their_model")
 KEY_BLOCK = 16
-
-
-@pytest.fixture(autouse=True)
-def programs_go_with_their_model():
-    """A process may only have so many, and few rows share any."""
-    yield
-    jax.clear_caches()
 
 
 # Where a text outgrows the short factors of LongRoPE, the reference reads it anew; others keep what they read. So these

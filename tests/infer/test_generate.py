@@ -76,6 +76,7 @@ def run(prepared, rows, *, new=NEW, temperature=0.0, logprobs=False, stop_ids=()
 KINDS = ("llama", "llama-linear", "llama-dynamic", "gemma3_text", "deepseek_v3-lite", "gpt2", "gpt_oss")
 
 
+@pytest.mark.usefixtures("programs_go_with_their_model")
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in KINDS else pytest.mark.slow) for name in [*ROWS, *TWINS]]
 )
