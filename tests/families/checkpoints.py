@@ -16,8 +16,6 @@ import torch
 import transformers
 
 from jaxformers.hub.pretrained import Pretrained, read_pretrained
-from jaxformers.infer.generate import Prepared, prepare_model
-from jaxformers.parallel.mesh import single_device_mesh
 
 VOCAB = 67
 BASE = {
@@ -377,11 +375,6 @@ class Checkpoint:
     directory: Path
     model: torch.nn.Module
     ours: Pretrained
-
-    @functools.cached_property
-    def prepared(self) -> Prepared:
-        """Ours, to be run on one device."""
-        return prepare_model(self.ours.params, self.ours.config, single_device_mesh())
 
 
 # A session has hundreds of programs and models: those of a row go when its tests are over.

@@ -25,12 +25,14 @@ from families.passes import (
     compile_decoding,
     compile_training,
     greedy_text,
+    jit,
 )
 
 from jaxformers.families import FAMILIES
 from jaxformers.hub.convert import export_tensors
 from jaxformers.hub.pretrained import write_pretrained
 from jaxformers.hub.safetensors import open_tensors
+from jaxformers.models.decoder import forward
 from jaxformers.models.runtime import Runtime
 
 every_row = pytest.mark.parametrize("name", list(ROWS))
@@ -73,6 +75,15 @@ def test_every_family_has_a_checkpoint_here():
 def test_logits_are_the_references(name):
     ids = tokens(2, LENGTH)
     assert_close(training_pass(name)(ids).logits, reference_logits(checkpoint(name).model, ids))
+
+
+def test_a_text_past_the_first_context_turns_by_the_long_factors_of_phimoe():
+    """As with its authors. This version of the reference takes its short ones, for it drops the length on the way."""
+    (cfg, params, _), model, ids = checkpoint("phimoe").ours, copy.deepcopy(checkpoint("phimoe").model), tokens(2, 40)
+    rotary = model.model.rotary_emb
+    rotary.rope_init_fn = functools.partial(rotary.rope_init_fn, seq_len=ids.shape[1])
+    assert cfg.layers[0].rope.scaling.original_positions < ids.shape[1]
+    assert_close(jit(lambda params: forward(params, cfg, ids))(params), reference_logits(model, ids))
 
 
 @every_row

@@ -5,12 +5,12 @@ import functools
 import numpy as np
 import pytest
 import torch
-from families.checkpoints import checkpoint, tokens
+from families.checkpoints import tokens
+from infer.references import EOS, checkpoint, prepared
 
 from jaxformers.infer.beam import BeamSettings, beam_search
 from jaxformers.infer.generate import Generation
 
-EOS = 2  # of every checkpoint here
 NEW = 10
 STOPS = list(range(3, 67, 8))  # so many that some beams end early
 
@@ -47,9 +47,7 @@ def reference(name, prompt, *, stops, **settings):
 
 
 def assert_found(name, stops, **settings):
-    found = beam_search(
-        checkpoint(name).prepared, prompts(), BeamSettings(**settings), max_new_tokens=NEW, stop_ids=stops
-    )
+    found = beam_search(prepared(name), prompts(), BeamSettings(**settings), max_new_tokens=NEW, stop_ids=stops)
     finishes = set()
     for prompt, results in zip(prompts(), found, strict=True):
         rows, scores = reference(name, prompt, stops=stops, **settings)
@@ -72,11 +70,9 @@ def test_penalties_and_when_to_end_are_the_references(early_stopping, length_pen
 
 
 def test_one_beam_is_the_likeliest_token_each_time():
-    found = beam_search(
-        checkpoint("llama").prepared, prompts(), BeamSettings(num_beams=1), max_new_tokens=NEW, stop_ids=[EOS]
-    )
+    found = beam_search(prepared("llama"), prompts(), BeamSettings(num_beams=1), max_new_tokens=NEW, stop_ids=[EOS])
     made = [[] for _ in prompts()]
-    for step in Generation(checkpoint("llama").prepared, prompts(), max_new_tokens=NEW, stop_ids=[EOS]):
+    for step in Generation(prepared("llama"), prompts(), max_new_tokens=NEW, stop_ids=[EOS]):
         for row, some in zip(made, step.tokens, strict=True):
             row += some
     assert [results[0].tokens for results in found] == made
@@ -94,6 +90,4 @@ def test_one_beam_is_the_likeliest_token_each_time():
 )
 def test_what_cannot_be_searched_is_refused(settings, line):
     with pytest.raises(ValueError, match=line):
-        beam_search(
-            checkpoint("llama").prepared, prompts(), BeamSettings(**settings), max_new_tokens=NEW, stop_ids=[EOS]
-        )
+        beam_search(prepared("llama"), prompts(), BeamSettings(**settings), max_new_tokens=NEW, stop_ids=[EOS])

@@ -6,8 +6,9 @@ import logging
 import jax
 import numpy as np
 import pytest
-import torch
-from families.checkpoints import VOCAB, assert_close, checkpoint, tokens
+from families.checkpoints import ROWS, VOCAB, assert_close, tokens
+from families.foreign import TWINS
+from infer.references import EOS, checkpoint, continuation, prepared
 from scipy import special
 from tiny import LLAMA, random_params
 
@@ -19,7 +20,6 @@ from jaxformers.models.decoder import forward
 from jaxformers.models.params import model_spec
 from jaxformers.parallel.mesh import MeshConfig, make_mesh, param_shardings, single_device_mesh
 
-EOS = 2  # of every checkpoint here
 NEW = CHUNK + 5  # the prefill's token, a whole chunk and a part of one
 
 
@@ -52,10 +52,10 @@ def prompts(*lengths, seed=5):
     return [tokens(length, seed=seed + row).tolist() for row, length in enumerate(lengths)]
 
 
-def run(prepared, rows, *, new=NEW, temperature=0.0, logprobs=False, stop_ids=(), end=None, **knobs):
+def run(model, rows, *, new=NEW, temperature=0.0, logprobs=False, stop_ids=(), end=None, **knobs):
     """Tokens, finish reasons and logprobs of all rows. `end` is (row, after how many steps)."""
     sampling = SamplingParams.create(len(rows), temperature=temperature, **knobs)
-    generation = Generation(prepared, rows, max_new_tokens=new, sampling=sampling, stop_ids=stop_ids, logprobs=logprobs)
+    generation = Generation(model, rows, max_new_tokens=new, sampling=sampling, stop_ids=stop_ids, logprobs=logprobs)
     made, chances = [[] for _ in rows], [[] for _ in rows]
     for number, step in enumerate(generation, start=1):
         for row, some in enumerate(step.tokens):
@@ -66,23 +66,19 @@ def run(prepared, rows, *, new=NEW, temperature=0.0, logprobs=False, stop_ids=()
     return made, step.finish, chances
 
 
-@torch.no_grad()
-def reference(name, prompt, *, new=NEW, **settings):
-    """What `generate` adds to one unpadded prompt, without the token that ends it."""
-    torch.set_num_threads(1)
-    ids = torch.tensor([prompt])
-    settings = {"do_sample": False, "max_new_tokens": new, "attention_mask": torch.ones_like(ids)} | settings
-    made = checkpoint(name).model.generate(ids, **settings)[0, len(prompt) :].tolist()
-    return made[:-1] if made[-1] == EOS else made
+# One of each kind: positions of several sorts, windows, latents and experts, sinks.
+KINDS = ("llama", "llama-linear", "llama-dynamic", "gemma3_text", "deepseek_v3-lite", "gpt2", "gpt_oss")
 
 
+@pytest.mark.usefixtures("programs_go_with_their_model")
 @pytest.mark.parametrize(
-    "name", ["llama", "llama-linear", "llama-dynamic", "gemma3_text", "deepseek_v3-lite", "gpt2", "gpt_oss"]
+    "name", [pytest.param(name, marks=() if name in KINDS else pytest.mark.slow) for name in [*ROWS, *TWINS]]
 )
 def test_a_ragged_batch_continues_as_the_reference_continues_each_prompt_alone(name):
-    rows = prompts(9, 5, 16)
-    made, finish, _ = run(checkpoint(name).prepared, rows, stop_ids=[EOS])
-    truth = [reference(name, prompt) for prompt in rows]
+    # Where a text outgrows the short factors of LongRoPE, the reference reads it anew; others keep what they read.
+    rows = prompts(9, 16) if name == "phi3-long" else prompts(9, 5, 16)
+    made, finish, _ = run(prepared(name), rows, stop_ids=[EOS])
+    truth = [continuation(name, prompt, new=NEW) for prompt in rows]
     assert made == truth
     assert finish == ["length" if len(row) == NEW else "stop" for row in truth]
 
@@ -90,8 +86,8 @@ def test_a_ragged_batch_continues_as_the_reference_continues_each_prompt_alone(n
 @pytest.mark.parametrize("length, new", [(15, 1), (15, 17), (16, 16), (17, 15), (1, 15)])
 def test_lengths_at_the_edges_of_buckets_change_nothing(length, new):
     (prompt,) = prompts(length)
-    (made,), _, _ = run(checkpoint("gpt2").prepared, [prompt], new=new, stop_ids=[EOS])
-    assert made == reference("gpt2", prompt, new=new)
+    (made,), _, _ = run(prepared("gpt2"), [prompt], new=new, stop_ids=[EOS])
+    assert made == continuation("gpt2", prompt, new=new)
 
 
 def test_reading_a_part_of_the_cache_changes_nothing(monkeypatch):
@@ -146,9 +142,9 @@ def test_logprobs_are_those_of_the_forward_pass():
 
 def test_the_repetition_penalty_is_the_references():
     rows = prompts(9, 5)
-    made, _, _ = run(checkpoint("gpt2").prepared, rows, repetition_penalty=1.4, stop_ids=[EOS])
-    assert made == [reference("gpt2", prompt, repetition_penalty=1.4) for prompt in rows]
-    assert made != [reference("gpt2", prompt) for prompt in rows]
+    made, _, _ = run(prepared("gpt2"), rows, repetition_penalty=1.4, stop_ids=[EOS])
+    assert made == [continuation("gpt2", prompt, new=NEW, repetition_penalty=1.4) for prompt in rows]
+    assert made != [continuation("gpt2", prompt, new=NEW) for prompt in rows]
 
 
 def test_presence_and_frequency_penalties_count_generated_tokens():
@@ -178,7 +174,7 @@ def test_a_mesh_splits_latent_attention_and_experts_too():
     params = jax.device_put(c.ours.params, param_shardings(model_spec(c.ours.config), mesh))
     rows = prompts(9, 5, 16)
     made, _, _ = run(prepare_model(params, c.ours.config, mesh), rows, stop_ids=[EOS])
-    assert made == [reference("deepseek_v3-lite", prompt) for prompt in rows]
+    assert made == [continuation("deepseek_v3-lite", prompt, new=NEW) for prompt in rows]
 
 
 def test_other_prompts_of_the_same_buckets_compile_nothing():
@@ -223,7 +219,7 @@ def test_bfloat16_tokens_are_about_as_likely_in_float32():
 )
 def test_what_cannot_be_continued_is_refused(rows, new, line):
     with pytest.raises(ValueError, match=line):
-        Generation(checkpoint("gpt2").prepared, rows, max_new_tokens=new)
+        Generation(prepared("gpt2"), rows, max_new_tokens=new)
 
 
 def test_models_without_learned_positions_may_pass_their_context_which_is_logged(caplog):
