@@ -144,7 +144,7 @@ def read(
     sight = sight.replace(
         hidden=sight.hidden.at[slot].set(hidden),
         tokens=sight.tokens.at[slot].set(behind),
-        # The last M places of a prompt are in no page that others have, and what was made of them was never found.
+        # The last M places of a prompt stand in pages that no other request has, and are always read by its own.
         first=sight.first.at[slot].set(length - 1 - len(caches)),
     )
     return sight.with_caches(caches).placed(runtime.shard)
