@@ -73,8 +73,8 @@ def load(
     mesh: where its parameters are placed; None = the first device. dtype: of parameters and computation; None keeps the
     parameters as stored and computes in float32 on CPU, in bfloat16 elsewhere unless they are stored as float32. ema:
     the moving average of a run's parameters in place of the last ones. mtp: with the modules for multi-token
-    prediction, if it has some, to be trained or written again; generation has no use for them. adapter: one or several
-    in peft's format, whose sum (with `adapter_weights`, 1 each by default) is added to the weights.
+    prediction, if it has some: to be trained, written again, or for an engine to guess by (`speculate="mtp"`). adapter:
+    one or several in peft's format, whose sum (with `adapter_weights`, 1 each by default) is added to the weights.
 
     ValueError in one line for whatever keeps it from being loaded.
     """

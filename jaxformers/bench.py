@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
+from jaxformers.families.common import without_mtp
 from jaxformers.infer.generate import Generation, Prepared, bucket, prepare_model
 from jaxformers.models.cache import init_cache
 from jaxformers.models.config import ModelConfig
@@ -264,8 +265,10 @@ def bench_decode(
     return _decode_report(run, times, compile, memory, machine, name)
 
 
-def random_prepared(cfg: ModelConfig, dtype: str) -> Prepared:
-    """A model with random weights on the first device, ready to generate."""
+def random_prepared(cfg: ModelConfig, dtype: str, *, mtp: bool = False) -> Prepared:
+    """A model with random weights on the first device, ready to generate; `mtp`: with its modules for multi-token
+    prediction."""
+    cfg = cfg if mtp else without_mtp(cfg)
     params = jax.jit(lambda key: init_params(cfg, key, dtype=dtype))(jax.random.key(0))
     return prepare_model(params, cfg, single_device_mesh(), dtype=dtype)
 

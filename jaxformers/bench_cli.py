@@ -145,11 +145,19 @@ def engine(
     spread: Annotated[float, typer.Option(help="By which part of itself a length varies, both ways.")] = 0.5,
     shared: Annotated[int, typer.Option(help="Tokens that all prompts begin with.")] = 0,
     slots: Annotated[int, typer.Option(help="Requests decoded at a time.")] = 8,
+    speculate: Annotated[
+        Literal["ngram", "draft", "mtp"] | None,
+        typer.Option(help="Guess tokens ahead; of random weights, guesses that come say nothing of trained ones."),
+    ] = None,
+    draft: Annotated[
+        str | None, typer.Option(help="A reference, or a YAML config, whose architecture guesses for `draft`.")
+    ] = None,
+    draft_tokens: Annotated[int, typer.Option(help="Tokens guessed at a time.")] = 4,
     dtype: Annotated[Dtype, typer.Option(help="Of weights and computation.")] = "float32",
     as_json: Json = False,
 ) -> None:
     """Time requests that share one engine on the first device."""
-    cfg = architecture(target, preset)
+    cfg, smaller = architecture(target, preset), None if draft is None else architecture(draft, None)
     from jaxformers.bench import random_prepared
     from jaxformers.bench_engine import Load, bench_engine
     from jaxformers.infer.engine import Engine
@@ -164,8 +172,17 @@ def engine(
         spread=spread,
         shared=shared,
     )
-    sizes = EngineConfig(slots=slots, max_length=load.longest, queue_requests=requests, queue_tokens=10**9)
-    report = bench_engine(Engine(random_prepared(cfg, dtype), sizes), load)
+    sizes = EngineConfig(
+        slots=slots,
+        max_length=load.longest,
+        queue_requests=requests,
+        queue_tokens=10**9,
+        speculate=speculate,
+        draft_tokens=draft_tokens,
+    )
+    model = random_prepared(cfg, dtype, mtp=speculate == "mtp")
+    guessing = None if smaller is None else random_prepared(smaller, dtype)
+    report = bench_engine(Engine(model, sizes, draft=guessing), load)
     _show(report, _engine_rows(report, load, slots), as_json)
 
 
@@ -309,8 +326,16 @@ def _engine_rows(report: EngineReport, load: Load, slots: int) -> list[tuple[str
         ("whole answer", _quantiles(report.whole)),
         None,
         ("prefix cache", f"{report.hit_rate:.1%} of the prompts' tokens found"),
+        *_guess_rows(report),
         ("compilations", f"{report.compilations} after {report.warm_up:.1f} s of warming up"),
     ]
+
+
+def _guess_rows(report: EngineReport) -> list[tuple[str, str]]:
+    if not report.drafted_tokens:
+        return []
+    rate = report.accepted_tokens / report.drafted_tokens
+    return [("guesses", f"{report.drafted_tokens:,} tokens, {rate:.1%} of them accepted")]
 
 
 def _quantiles(seconds: Quantiles) -> str:

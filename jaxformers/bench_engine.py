@@ -78,7 +78,7 @@ class Quantiles:
 class EngineReport:
     """What came of a load. first_token and whole: from a request's arrival on. between_tokens: the time between two
     pieces of a continuation, over the tokens of the later one. hit_rate: the part of all prompts' tokens that was found
-    in the prefix cache."""
+    in the prefix cache. drafted_tokens were guessed, of which accepted_tokens came."""
 
     requests: int
     seconds: float
@@ -91,6 +91,8 @@ class EngineReport:
     hit_rate: float
     compilations: int
     warm_up: float
+    drafted_tokens: int
+    accepted_tokens: int
 
 
 @dataclass
@@ -153,4 +155,6 @@ def bench_engine(engine: Engine, load: Load) -> EngineReport:
         hit_rate=(after.cached_prompt_tokens - before.cached_prompt_tokens) / read,
         compilations=after.compilations_after_ready,
         warm_up=warm_up,
+        drafted_tokens=after.drafted_tokens - before.drafted_tokens,
+        accepted_tokens=after.accepted_tokens - before.accepted_tokens,
     )

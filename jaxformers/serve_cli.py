@@ -24,6 +24,7 @@ class MetricsNames(StrEnum):
 class Speculate(StrEnum):
     ngram = "ngram"
     draft = "draft"
+    mtp = "mtp"
 
 
 class CacheDtype(StrEnum):
@@ -49,7 +50,10 @@ def serve(
     decode_steps: Annotated[int, typer.Option(help="Tokens between two looks at the host.", min=1)] = 4,
     prefix_cache: Annotated[bool, typer.Option(help="Keep what was read for prompts that begin alike.")] = True,
     speculate: Annotated[
-        Speculate | None, typer.Option(help="Guess tokens ahead: by what the text said before, or by a draft model.")
+        Speculate | None,
+        typer.Option(
+            help="Guess tokens ahead: by what the text said before, a draft model, or the model's own modules."
+        ),
     ] = None,
     draft_model: Annotated[
         str | None, typer.Option(help="The smaller model that guesses, of the same vocabulary: a reference.")

@@ -107,7 +107,7 @@ def serve(ref: str, options: Options) -> None:
     """
     signal.signal(signal.SIGTERM, _leave_quietly)
     listener = listen(options.address)
-    model = load(ref, dtype=options.dtype, ema=options.ema)
+    model = load(ref, dtype=options.dtype, ema=options.ema, mtp=options.engine.speculate == "mtp")
     draft = None if options.draft is None else load(options.draft, dtype=options.dtype)
     name = options.name or _own_name(ref)
     served = served_model(model, options.engine, name=name, pooling=options.pooling, draft=draft)

@@ -1,14 +1,19 @@
 """An engine's benchmark asks for what it says, and its figures follow from what came and when."""
 
+import json
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
+from infer.foreseeing import DEEPSEEK, foreseeing_params
 from tiny import LLAMA
 
 from jaxformers import bench_cli
 from jaxformers.bench import as_dict, random_prepared
 from jaxformers.bench_engine import Load, bench_engine
 from jaxformers.families import read_config
+from jaxformers.hub.pretrained import write_pretrained
 from jaxformers.infer.engine import Engine
 from jaxformers.infer.request import EngineConfig
 
@@ -55,6 +60,8 @@ def test_every_request_is_answered_and_every_figure_is_of_this_load(engine, rate
     assert 0 < report.between_tokens.median <= report.between_tokens.p90 <= report.between_tokens.p99
     rows = dict(row for row in bench_cli._engine_rows(report, load, 3) if row)
     assert rows["compilations"].startswith("0 after")
+    assert report.drafted_tokens == report.accepted_tokens == 0
+    assert "guesses" not in rows
     assert as_dict(report)["whole"]["median"] == report.whole.median
 
 
@@ -70,6 +77,30 @@ def test_every_request_is_answered_and_every_figure_is_of_this_load(engine, rate
 def test_a_load_that_cannot_be_is_refused(settings, line):
     with pytest.raises(ValueError, match=line):
         Load(**settings)
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_the_command_says_how_many_guesses_of_a_models_modules_came(tmp_path, command):
+    cfg = read_config(DEEPSEEK | {"num_hidden_layers": 1})
+    write_pretrained(tmp_path, cfg, foreseeing_params(cfg, doubt=1.0))
+    sizes = ("--requests", 3, "--prompt", 9, "--new-tokens", 20, "--slots", 2, "--draft-tokens", 2)
+    code, out, _ = command("bench", "engine", tmp_path, "--speculate", "mtp", *sizes, "--json")
+    report = json.loads(out)
+    assert (code, report["compilations"]) == (0, 0)
+    assert 0 <= report["accepted_tokens"] < report["drafted_tokens"] <= 2 * report["new_tokens"]
+    rows = dict(bench_cli._guess_rows(SimpleNamespace(drafted_tokens=2000, accepted_tokens=500)))
+    assert rows["guesses"] == "2,000 tokens, 25.0% of them accepted"
+
+
+@pytest.mark.parametrize(
+    "options, line",
+    [
+        (("--speculate", "mtp"), "speculate is 'mtp', but this llama model was loaded without modules"),
+        (("--speculate", "draft"), "speculate is 'draft', which names a draft model, but none is given"),
+    ],
+)
+def test_the_command_refuses_guesses_that_nothing_could_make(command, options, line):
+    assert line in command("bench", "engine", "--preset", "llama-tiny", *options).mistake
 
 
 def test_the_command_refuses_such_a_load_in_one_line(command):

@@ -1,7 +1,7 @@
 """Modules for multi-token prediction in a checkpoint: whether they are there and wanted.
 
-Only training uses them, so whoever does not train leaves them in the file. A `config.json` may speak of modules that
-its checkpoint has not: `transformers` writes a model without them.
+Only training uses them, and an engine that guesses by them, so all others leave them in the file. A `config.json` may
+speak of modules that its checkpoint has not: `transformers` writes a model without them.
 """
 
 from __future__ import annotations

@@ -99,8 +99,8 @@ class EngineConfig:
     prompts find what others have read. cache_dtype: None keeps keys and values as the model computes; int8, each
     token's of a head with a scale of their own, takes a quarter of float32 and half of bfloat16. adapters: how many may
     be loaded at a time, each of a rank up to adapter_rank. speculate: by what the next draft_tokens tokens are guessed,
-    to be verified in one pass: by what followed the same tokens earlier in the text, or by a draft model; it changes no
-    token, and takes the place of decode_steps.
+    to be verified in one pass: by what followed the same tokens earlier in the text, by a draft model, or by the
+    model's own modules for multi-token prediction; it changes no token, and takes the place of decode_steps.
     """
 
     slots: int = 8
@@ -116,7 +116,7 @@ class EngineConfig:
     cache_dtype: Literal["int8"] | None = None
     adapters: int = 0
     adapter_rank: int = 16
-    speculate: Literal["ngram", "draft"] | None = None
+    speculate: Literal["ngram", "draft", "mtp"] | None = None
     draft_tokens: int = 4
 
 

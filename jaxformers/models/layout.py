@@ -70,8 +70,8 @@ def _join(p: Params, fused: str) -> Params:
 
 
 def prepare(params: Params, cfg: ModelConfig, *, dtype: Any, whole: bool, on_cpu: bool) -> Params:
-    """The tree to decode from: one buffer a layer, in the compute dtype (routing apart), adapters added up, without
-    what only training uses.
+    """The tree to decode from: one buffer a layer, in the compute dtype (routing apart), adapters added up. Modules for
+    multi-token prediction stay where the tree has them.
 
     Where every device holds layers `whole`, projections of one input are fused, and on CPU matrices are kept
     output-major.
@@ -80,15 +80,20 @@ def prepare(params: Params, cfg: ModelConfig, *, dtype: Any, whole: bool, on_cpu
     def cast(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         return leaf if path_name(path).rpartition(".")[2] in ROUTING else leaf.astype(dtype)
 
-    params = merge({name: leaf for name, leaf in params.items() if name != "mtp"})
-    prepared = unstack(jax.tree_util.tree_map_with_path(cast, params), cfg)
+    prepared = unstack(jax.tree_util.tree_map_with_path(cast, merge(params)), cfg)
     if whole:
-        prepared["blocks"] = [fuse_layer(p) for p in prepared["blocks"]]
+        prepared = _with_layers(prepared, fuse_layer)
         if on_cpu:
-            prepared = prepared | {"blocks": [_output_major(p) for p in prepared["blocks"]]}
+            prepared = _with_layers(prepared, _output_major)
             if "lm_head" in prepared:
                 prepared["lm_head"] = OutputMajor.of(prepared["lm_head"], n_in=1)
     return prepared
+
+
+def _with_layers(params: Params, change: Callable[[Params], Params]) -> Params:
+    """The tree with each layer changed, those of modules for multi-token prediction too."""
+    modules = [p | {"layer": change(p["layer"])} for p in params.get("mtp", ())]
+    return params | {"blocks": [change(p) for p in params["blocks"]]} | ({"mtp": modules} if modules else {})
 
 
 # Projections that only `weights.linear` reads, and their number of input dims.

@@ -1,5 +1,5 @@
 """Multi-token prediction (DeepSeek-V3, arXiv:2412.19437, section 2.2): modules behind the decoder, each of which
-predicts one token further than the last. Only training runs them.
+predicts one token further than the last. Training runs them over whole texts, an engine to guess what comes next.
 
 What the decoder and each module pass on is what the head reads of them, that is after their norm: the paper leaves it
 open, and this is how published checkpoints are run.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from jaxformers.models.cache import LayerCache
 from jaxformers.models.config import ModelConfig
 from jaxformers.models.context import Context
 from jaxformers.models.decoder import block, embed, make_context
@@ -45,7 +46,8 @@ def run_modules(
         token = embed(params, cfg, tokens[..., m], positions, runtime)
 
         def body(p: Params, x: jax.Array, token: jax.Array, ctx: Context = ctx) -> tuple[jax.Array, MoEStats | None]:
-            return _module(runtime.gather(p, mtp_spec(cfg)), x, token, ctx, cfg)
+            x, _, stats = run_module(runtime.gather(p, mtp_spec(cfg)), x, token, ctx, cfg)
+            return x, stats
 
         x, stats = runtime.rematerialize(body, scanned=False)(p, x, token)
         states.append(x)
@@ -54,12 +56,13 @@ def run_modules(
     return states, join_layers(found)
 
 
-def _module(
-    p: Params, x: jax.Array, token: jax.Array, ctx: Context, cfg: ModelConfig
-) -> tuple[jax.Array, MoEStats | None]:
-    """One module over hidden states x [B, T, D] and embeddings of further tokens [B, T, D]."""
+def run_module(
+    p: Params, x: jax.Array, token: jax.Array, ctx: Context, cfg: ModelConfig, cache: LayerCache | None = None
+) -> tuple[jax.Array, LayerCache | None, MoEStats | None]:
+    """One module over hidden states x [B, T, D], after a norm, and embeddings of further tokens [B, T, D]: hidden
+    states [B, T, D] before its own norm, its layer's cache with this call's keys, and the experts' sums."""
     both = jnp.stack([norm(p["token_norm"], token, cfg), norm(p["hidden_norm"], x, cfg)], axis=-2)
     both = ctx.shard(both, "batch", "seq", None, None)
     x = ctx.shard(linear(both, p["proj"], n_in=2), "batch", "stream", None)
-    x, _, stats = block(p["layer"], x, ctx, cfg, cfg.layers[-1], None)
-    return x, stats.moe
+    x, cache, stats = block(p["layer"], x, ctx, cfg, cfg.layers[-1], cache)
+    return x, cache, stats.moe

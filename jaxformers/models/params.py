@@ -2,7 +2,7 @@
 
 The parameter tree is a nested dict of arrays. `params["layers"][i][j]` holds the layers at position j of stack i's
 pattern (see `config.plan_stacks`), each leaf with a leading [repeats] dim. `params["mtp"]` is a list of modules that
-predict further tokens (see `mtp`), which only training uses.
+predict further tokens (see `mtp`).
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """An engine on a mesh, and several of them side by side, make the tokens of one engine on one device."""
 
+import dataclasses
 import functools
 from types import SimpleNamespace
 
@@ -7,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from infer.engines import Answer, answers, tokens_of
+from infer.foreseeing import foreseeing_params
 from tiny import LLAMA, random_params
 
 from jaxformers.families import read_config
@@ -33,6 +35,25 @@ SHAPES = {
         "decoder_sparse_step": 1,
         "max_position_embeddings": 64,
     },
+    "module": {
+        "model_type": "glm4_moe",
+        "vocab_size": 60,
+        "hidden_size": 64,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "first_k_dense_replace": 1,
+        "moe_intermediate_size": 32,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "max_position_embeddings": 64,
+        "num_nextn_predict_layers": 1,
+    },
 }
 
 
@@ -46,7 +67,8 @@ def loaded(name, **sizes):
     cfg = read_config(SHAPES[name])
     count = int(np.prod(list(sizes.values()), dtype=int))
     mesh = make_mesh(MeshConfig(**{"fsdp": 1} | sizes), devices=jax.devices()[:count])
-    params = jax.device_put(random_params(cfg), param_shardings(model_spec(cfg), mesh))
+    params = foreseeing_params(cfg, doubt=0.06) if cfg.mtp_modules else random_params(cfg)
+    params = jax.device_put(params, param_shardings(model_spec(cfg), mesh))
     return SimpleNamespace(config=cfg, params=params, mesh=mesh, dtype="float32")
 
 
@@ -93,6 +115,26 @@ def test_a_mesh_makes_the_tokens_of_one_device_and_compiles_nothing_once_it_is_r
     assert engine.stats().compilations_after_ready == 0
     held = {pool.addressable_shards[0].data.shape[1] for pool in jax.tree.leaves(engine._state.pools)}
     assert held == {kv_heads}
+
+
+def test_a_module_guesses_on_a_mesh_what_it_guesses_on_one_device_and_changes_no_token():
+    config = dataclasses.replace(CONFIG, speculate="mtp", draft_tokens=3)
+    draw = np.random.default_rng(0)
+    wanted = [
+        Request(prompt=draw.integers(0, 60, length).tolist(), max_new_tokens=12, temperature=temperature, seed=3)
+        for length, temperature in ((1, 0.0), (30, 0.0), (9, 0.8))
+    ]
+    single, engine = Engine(loaded("module"), config), Engine(loaded("module", tp=2), config)
+    engine.warm_up()
+    truth = tokens_of(Engine(loaded("module"), CONFIG), *wanted)
+    assert tokens_of(engine, *wanted) == tokens_of(single, *wanted) == truth
+    ours, others = engine.stats(), single.stats()
+    assert (ours.drafted_tokens, ours.accepted_tokens) == (others.drafted_tokens, others.accepted_tokens)
+    assert ours.accepted_tokens > 0
+    tokens_of(engine, *wanted[::-1])
+    assert engine.stats().compilations_after_ready == 0
+    held = {pool.addressable_shards[0].data.shape[1] for pool in jax.tree.leaves(engine._drafter._sight.pools)}
+    assert held == {1}
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,15 @@ def test_digests_are_equal_up_to_the_first_difference():
     assert piece_digests(one[:19], 4) == first[:4]
 
 
+def test_a_piece_whose_cache_depends_on_tokens_behind_it_is_found_before_the_same_ones_only():
+    one, other = ids(17), ids(17)
+    other[9] += 1
+    first, second = piece_digests(one, 4, ahead=2), piece_digests(other, 4, ahead=2)
+    assert (len(first), len(piece_digests(one, 4, ahead=1))) == (3, 4)
+    assert [a == b for a, b in zip(first, second, strict=True)] == [True, False, False]
+    assert not set(first) & set(piece_digests(one, 4))
+
+
 def test_what_is_remembered_is_found_after_its_holder_has_gone():
     pages, (a, b) = Pages(8), piece_digests(ids(8), 4)
     held = pages.take([], 5)

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from infer.engines import answers, tokens_of
+from infer.foreseeing import DEEPSEEK, foreseeing_params
 from scipy import special
 from tiny import LLAMA, random_params
 
@@ -40,9 +41,26 @@ def drafting_model():
     return prepare_model(jax.device_put(near), cfg, single_device_mesh())
 
 
-def make(speculate, **changes):
-    config = EngineConfig(**(vars(CONFIG) | changes | {"speculate": speculate}))
-    return Engine(model(), config, draft=drafting_model() if speculate == "draft" else None)
+@functools.cache
+def foreseeing_model():
+    """A model whose module is right about every second time."""
+    cfg = read_config(DEEPSEEK | {"vocab_size": VOCAB, "max_position_embeddings": LENGTH})
+    return prepare_model(jax.device_put(foreseeing_params(cfg, doubt=0.06)), cfg, single_device_mesh())
+
+
+def guessed_for(speculate):
+    """The model that this kind of guesses is of."""
+    return foreseeing_model() if speculate == "mtp" else model()
+
+
+def make(speculate):
+    config = EngineConfig(**(vars(CONFIG) | {"speculate": speculate}))
+    return Engine(guessed_for(speculate), config, draft=drafting_model() if speculate == "draft" else None)
+
+
+def plain(speculate):
+    """An engine of the same model that does not guess."""
+    return Engine(guessed_for(speculate), CONFIG)
 
 
 @functools.cache
@@ -72,15 +90,15 @@ def requests():
     ]
 
 
-KINDS = ("ngram", "draft")
+KINDS = ("ngram", "draft", "mtp")
 FEW, BIAS = [5, 11, 17, 23], 40.0  # tokens that are made the only likely ones
 
 
 @pytest.mark.parametrize("speculate", KINDS)
 def test_tokens_are_those_that_come_without_guesses(speculate):
-    plain, guessing = make(None), warm(speculate)
+    alone, guessing = plain(speculate), warm(speculate)
     before = guessing.stats()
-    expected, found = answers(plain, requests()), answers(guessing, requests())
+    expected, found = answers(alone, requests()), answers(guessing, requests())
     assert [answer.tokens for answer in found] == [answer.tokens for answer in expected]
     assert [answer.finish for answer in found] == [answer.finish for answer in expected]
     for told, truth in zip(found[3].logprobs, expected[3].logprobs, strict=True):
@@ -88,7 +106,7 @@ def test_tokens_are_those_that_come_without_guesses(speculate):
     stats = guessing.stats()
     accepted, drafted = stats.accepted_tokens - before.accepted_tokens, stats.drafted_tokens - before.drafted_tokens
     assert 0.1 * drafted < accepted < drafted
-    assert plain.stats().drafted_tokens == 0
+    assert alone.stats().drafted_tokens == 0
     assert stats.compilations_after_ready == 0
     assert stats.pages_used == 0
 
@@ -123,7 +141,7 @@ def test_draws_have_the_distribution_that_plain_draws_have(speculate):
         some = [Request(prompt=prompt, seed=seed, **settings) for seed in range(start, start + 200)]
         made += tokens_of(engine, *some)
     assert engine.stats().accepted_tokens > before
-    chances = continuations(prompt)
+    chances = continuations(prompt, speculate)
     assert {tuple(row) for row in made} <= chances.keys()
     expected = np.array([seeds * chances[row] for row in chances])
     counts = np.array([sum(tuple(row) == wanted for row in made) for wanted in chances])
@@ -135,24 +153,24 @@ def test_draws_have_the_distribution_that_plain_draws_have(speculate):
 
 
 @functools.cache
-def _next_chances(text):
+def _next_chances(text, speculate):
     padded = np.zeros((1, LENGTH), np.int32)
     padded[0, : len(text)] = text
-    logits = np.asarray(_forward(padded))[0, len(text) - 1].astype(np.float64)
+    logits = np.asarray(_forward(padded, speculate))[0, len(text) - 1].astype(np.float64)
     return special.softmax((logits + BIAS * np.isin(np.arange(VOCAB), FEW)) / 0.8)
 
 
-@jax.jit
-def _forward(text):
-    return forward(model().params, model().config, text)
+@functools.partial(jax.jit, static_argnames="speculate")
+def _forward(text, speculate):
+    return forward(guessed_for(speculate).params, guessed_for(speculate).config, text)
 
 
-def continuations(prompt):
+def continuations(prompt, speculate):
     """The chance of each continuation by three tokens of the few each time, by whole forward passes."""
     chances = {(): 1.0}
     for _ in range(3):
         chances = {
-            (*so_far, int(token)): chance * _next_chances((*prompt, *so_far))[token]
+            (*so_far, int(token)): chance * _next_chances((*prompt, *so_far), speculate)[token]
             for so_far, chance in chances.items()
             for token in FEW
         }
@@ -176,9 +194,9 @@ class Even:
 def test_a_constraint_is_asked_before_each_token_while_others_guess(speculate):
     free = requests()[0]
     bound = Request(prompt=ids(9), max_new_tokens=12, temperature=0.0, constraint=Even())
-    alone = tokens_of(make(None), Request(**(vars(bound) | {"constraint": Even()})))[0]
+    alone = tokens_of(plain(speculate), Request(**(vars(bound) | {"constraint": Even()})))[0]
     found = tokens_of(warm(speculate), free, bound)
-    assert found == [tokens_of(make(None), free)[0], alone]
+    assert found == [tokens_of(plain(speculate), free)[0], alone]
     assert bound.constraint.taken == alone
 
 
@@ -211,6 +229,8 @@ def test_text_is_guessed_to_go_on_as_it_did():
     [
         ({"speculate": "luck"}, None, "speculate is 'luck'; it must be one of"),
         ({"speculate": "draft"}, None, "speculate is 'draft', which names a draft model, but none is given"),
+        ({"speculate": "mtp"}, None, "speculate is 'mtp', but this llama model was loaded without modules"),
+        ({"speculate": "mtp"}, {}, "speculate is 'mtp', which leaves a draft model without work"),
         ({"speculate": "ngram"}, {}, "speculate is 'ngram', which leaves a draft model without work"),
         ({}, {}, "speculate is None, which leaves a draft model without work"),
         ({"speculate": "ngram", "draft_tokens": 0}, None, "draft_tokens is 0; it must be at least 1"),

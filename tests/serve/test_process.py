@@ -13,6 +13,7 @@ import httpx
 import jax
 import numpy as np
 import pytest
+from infer.foreseeing import DEEPSEEK
 from talker import Talker
 from tiny import LLAMA, random_params
 
@@ -114,12 +115,13 @@ def test_embeddings_are_the_pooled_states_of_the_whole_model(model):
         embed(serving.prepared(model), [[1] * 65])
 
 
-def test_the_verb_loads_a_model_and_serves_it_under_its_own_name(model, tmp_path, command, monkeypatch):
-    save_pretrained(model, tmp_path / "tiny-model")
+@pytest.fixture
+def composed(monkeypatch):
+    """What the verb would have served, by name, once it was called."""
     seen = {}
 
     def make_engine(loaded, config, draft):
-        seen["config"] = config
+        seen["config"], seen["model"] = config, loaded
         return Talker(max_length=config.max_length, vocab_size=loaded.config.vocab_size)
 
     def run(served, options, listener):
@@ -129,14 +131,29 @@ def test_the_verb_loads_a_model_and_serves_it_under_its_own_name(model, tmp_path
     monkeypatch.setattr(serving, "make_engine", make_engine)
     monkeypatch.setattr(serving, "run", run)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
+    return seen
+
+
+def test_the_verb_loads_a_model_and_serves_it_under_its_own_name(model, tmp_path, command, composed):
+    save_pretrained(model, tmp_path / "tiny-model")
     extra = ("--api-key", "k", "--speculate", "ngram", "--draft-tokens", 2)
     outcome = command("serve", tmp_path / "tiny-model", "--port", 0, "--slots", 3, "--max-length", 48, *extra)
     assert outcome.code == 0, outcome
-    assert seen["config"] == EngineConfig(slots=3, max_length=48, speculate="ngram", draft_tokens=2)
-    served = seen["served"]
+    assert composed["config"] == EngineConfig(slots=3, max_length=48, speculate="ngram", draft_tokens=2)
+    served = composed["served"]
     assert (served.name, served.max_length, served.vocab_size, served.family) == ("tiny-model", 48, 300, "llama")
-    assert seen["options"].settings.access.keys == ("k",)
+    assert composed["options"].settings.access.keys == ("k",)
     assert served.embed([[1, 2]]).shape == (1, 32)
+
+
+@pytest.mark.parametrize("extra, modules", [((), 0), (("--speculate", "mtp"), 1)])
+def test_the_verb_takes_a_models_modules_along_where_they_are_to_guess(extra, modules, tmp_path, command, composed):
+    cfg = read_config(DEEPSEEK | {"vocab_size": 300})
+    whole = Model(cfg, jax.device_put(random_params(cfg)), byte_tokenizer(), single_device_mesh())
+    save_pretrained(whole, tmp_path)
+    assert command("serve", tmp_path, "--port", 0, *extra).code == 0
+    assert composed["config"].speculate == ("mtp" if modules else None)
+    assert composed["model"].config.mtp_modules == len(composed["model"].params.get("mtp", ())) == modules
 
 
 def test_the_verb_serves_a_real_model_until_it_is_told_to_end_and_ends_what_it_has_begun(model, tmp_path):

@@ -1,9 +1,9 @@
 """Guesses of the tokens to come, for `programs.verify` to check several at a time.
 
 What a guess is decides only how fast tokens come: which ones come is the model's choice alone. A guess may be what once
-followed the same few tokens in the text itself ("ngram"), or what a smaller model of the same vocabulary chooses
-("draft"; arXiv:2211.17192). The smaller one draws with the noise that the larger one will draw with, so where the two
-distributions agree they mostly choose the same token.
+followed the same few tokens in the text itself ("ngram"), what a smaller model of the same vocabulary chooses ("draft";
+arXiv:2211.17192), or what the model's own modules for that choose ("mtp", see `foresight`). Whatever chooses draws with
+the noise that the model will draw with, so where the two distributions agree they mostly choose the same token.
 
 B slots, C tokens of a piece of a prompt, k tokens guessed at a time
 """
@@ -22,9 +22,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxformers.infer.engine.choosing import choose
+from jaxformers.infer.engine.foresight import Foresight
 from jaxformers.infer.engine.placement import engine_runtime
 from jaxformers.infer.engine.programs import NO_TOKEN, after, piece_positions
-from jaxformers.infer.engine.running import Running
+from jaxformers.infer.engine.running import Running, slots_of
 from jaxformers.infer.engine.sizes import Sizes
 from jaxformers.infer.engine.state import IDLE, Rows, State
 from jaxformers.infer.generate import Prepared
@@ -42,24 +43,34 @@ LOOKUPS = (3, 2)  # how many of the last tokens are looked for in the text befor
 class Drafter(Protocol):
     """Guesses for the slots of one engine."""
 
-    def read(self, state: State, slot: np.int32, tokens: np.ndarray, start: np.int32, length: np.int32) -> None:
-        """Takes note of a piece of a prompt, as `programs.prefill_chunk` is told of it."""
+    ahead: int  # tokens behind a piece of a prompt on which what is kept of the piece depends
+
+    def read(
+        self, state: State, slot: np.int32, tokens: np.ndarray, start: np.int32, length: np.int32, x: jax.Array
+    ) -> None:
+        """Takes note of a piece of a prompt, as `programs.prefill_chunk` was told of it, with the tokens `ahead` of it:
+        int32 [C + ahead]; and of what the layers made of it, x [C, D]."""
         ...
 
     def guess(self, state: State, runs: Sequence[Running]) -> np.ndarray | jax.Array:
         """int32 [B, k]: what may come next for these requests; NO_TOKEN where nothing is guessed, as in other slots."""
         ...
 
+    def follow(self, tokens: jax.Array, x: jax.Array) -> None:
+        """Takes note of the tokens int32 [B, k + 1] that came of its guesses, NO_TOKEN behind the last, and of what the
+        layers made of those before each, x [B, k + 1, D]."""
+        ...
+
     def note(self, run: Running, tokens: Sequence[int]) -> None:
-        """Takes note of the tokens that came."""
+        """Takes note of the tokens that came, on the host."""
         ...
 
 
 def make_drafter(
-    config: EngineConfig, cfg: ModelConfig, sizes: Sizes, draft: Prepared | None, mesh: Mesh
+    config: EngineConfig, model: Prepared, sizes: Sizes, draft: Prepared | None, mesh: Mesh
 ) -> Drafter | None:
     """What `config.speculate` names. ValueError where it and the models do not go together."""
-    kinds = (None, "ngram", "draft")
+    cfg, kinds = model.config, (None, "ngram", "draft", "mtp")
     if config.speculate not in kinds:
         raise ValueError(f"speculate is {config.speculate!r}; it must be one of {kinds}")
     if (config.speculate == "draft") != (draft is not None):
@@ -70,6 +81,8 @@ def make_drafter(
     if any(kind.rope and isinstance(kind.rope.scaling, DynamicScaling | LongRopeScaling) for kind in cfg.layers):
         told = f"positions of this {cfg.family} model turn by the length of the text"
         raise ValueError(f"speculate is {config.speculate!r}, but {told}, so that tokens must come one by one")
+    if config.speculate == "mtp":
+        return Foresight(model, config, sizes, mesh)
     if draft is None:
         return NGrams(config.slots, config.draft_tokens)
     if draft.config.vocab_size != cfg.vocab_size:
@@ -83,11 +96,15 @@ def make_drafter(
 class NGrams:
     """Guesses what followed the last tokens where they came before: good where texts repeat their prompts."""
 
+    ahead = 0
+
     def __init__(self, slots: int, count: int):
         self._shape = (slots, count)
         self._texts: WeakKeyDictionary[Running, Text] = WeakKeyDictionary()
 
-    def read(self, state: State, slot: np.int32, tokens: np.ndarray, start: np.int32, length: np.int32) -> None:
+    def read(
+        self, state: State, slot: np.int32, tokens: np.ndarray, start: np.int32, length: np.int32, x: jax.Array
+    ) -> None:
         """Nothing: the whole prompt is looked at once its continuation begins."""
 
     def guess(self, state: State, runs: Sequence[Running]) -> np.ndarray:
@@ -98,6 +115,9 @@ class NGrams:
             found = self._texts[run].guess(self._shape[1])
             guesses[run.slot, : len(found)] = found
         return guesses
+
+    def follow(self, tokens: jax.Array, x: jax.Array) -> None:
+        """Nothing: tokens are noted on the host."""
 
     def note(self, run: Running, tokens: Sequence[int]) -> None:
         if run in self._texts:
@@ -132,6 +152,8 @@ class DraftModel:
     """Guesses what a smaller model would choose by the request's own settings. Its keys and values stand in pages of
     its own with the numbers of the engine's pages, so a prefix that is found is found for both."""
 
+    ahead = 0
+
     def __init__(self, model: Prepared, config: EngineConfig, sizes: Sizes, mesh: Mesh):
         self._params, self._count = model.params, config.draft_tokens
         runtime = dataclasses.replace(model.runtime, attend=attend_in_pages(sizes.block))
@@ -140,17 +162,20 @@ class DraftModel:
         pools = init_pools(model.config, counts, config.page_size, dtype=runtime.dtype)
         self._pools = jax.device_put(pools, replicated(mesh))
 
-    def read(self, state: State, slot: np.int32, tokens: np.ndarray, start: np.int32, length: np.int32) -> None:
+    def read(
+        self, state: State, slot: np.int32, tokens: np.ndarray, start: np.int32, length: np.int32, x: jax.Array
+    ) -> None:
         self._pools = read(self._params, self._pools, state.tables[0], slot, tokens, start, length, **self._model)
 
     def guess(self, state: State, runs: Sequence[Running]) -> jax.Array:
-        wanted = np.zeros(state.tables[0].shape[0], bool)
-        wanted[[run.slot for run in runs]] = True
-        rows = state.rows
+        wanted, rows = slots_of(runs, state.tables[0].shape[0]), state.rows
         self._pools, guesses = guess(
             self._params, self._pools, state.tables[0], rows, wanted, count=self._count, **self._model
         )
         return guesses
+
+    def follow(self, tokens: jax.Array, x: jax.Array) -> None:
+        """Nothing: where the engine's rows stand says all."""
 
     def note(self, run: Running, tokens: Sequence[int]) -> None:
         """Nothing: where the engine's rows stand says all."""

@@ -75,7 +75,8 @@ class Engine:
             self._state = init_state(**self._model, sizes=sizes)
         self._adapters = Adapters(model, config, replicated(self._mesh))
         self._params = self._adapters.params
-        self._drafter = make_drafter(config, model.config, sizes, draft, self._mesh)
+        self._drafter = make_drafter(config, model, sizes, draft, self._mesh)
+        self._ahead = 0 if self._drafter is None else self._drafter.ahead
         self._most = tokens_at_once(config)
         self.pages = Pages(sizes.pages)
         self._piece_pages = config.prefill_piece // config.page_size
@@ -204,7 +205,8 @@ class Engine:
         self._state = programs.start(self._state, slot, np.int32(0), np.int32(0))
         self._state = programs.allow(self._state, slot, np.ones(vocab_size, bool))
         if self._drafter is not None:
-            self._drafter.read(self._state, slot, nothing, np.int32(0), np.int32(1))
+            further = np.zeros(piece + self._ahead, np.int32)
+            self._drafter.read(self._state, slot, further, np.int32(0), np.int32(1), x)
         self._make_tokens([], 1)
         self._state = programs.release(self._state, slot)
 
@@ -269,7 +271,7 @@ class Engine:
             return []
         prompt = np.asarray(waiting.request.prompt, np.int32)
         salt = salt_of(waiting.adapter) + _circumstances(self._cfg, len(prompt))
-        return piece_digests(prompt[:-1], self.config.prefill_piece, salt=salt)
+        return piece_digests(prompt[:-1], self.config.prefill_piece, salt=salt, ahead=self._ahead)
 
     def _give_slot(self, run: Running) -> None:
         """Tells the device whose slot it is, and with which pages."""
@@ -316,17 +318,17 @@ class Engine:
         if self._adopt(run):
             return
         size, length = self.config.prefill_piece, len(run.request.prompt)
-        tokens = run.piece(size)
+        tokens = run.piece(size + max(1, self._ahead))
         self._move(run, run.read, min(run.read + size, length - 1))
         position, slot = np.int32(run.read), np.int32(run.slot)
         self._state, x = programs.prefill_chunk(
-            self._params, self._state, slot, tokens[:-1], position, np.int32(length), **self._model
+            self._params, self._state, slot, tokens[:size], position, np.int32(length), **self._model
         )
         if self._drafter is not None:
-            self._drafter.read(self._state, slot, tokens[:-1], position, np.int32(length))
+            self._drafter.read(self._state, slot, tokens[: size + self._ahead], position, np.int32(length), x)
         if run.request.prompt_logprobs is not None:
             count = min(size, length - 1 - run.read)
-            logprobs = jax.device_get(programs.score(self._params, x, tokens[1:], **self._model))
+            logprobs = jax.device_get(programs.score(self._params, x, tokens[1 : size + 1], **self._model))
             run.scored += told(tokens[1 : count + 1], logprobs, run.request.prompt_logprobs)
         number = run.read // size
         if number < len(run.digests):
@@ -399,7 +401,8 @@ class Engine:
         """What came of guesses for those whose next tokens may be any."""
         assert self._drafter is not None
         guesses = self._drafter.guess(self._state, free)
-        self._state, made = programs.verify(self._params, self._state, guesses, **self._model)
+        self._state, made, x = programs.verify(self._params, self._state, guesses, **self._model)
+        self._drafter.follow(made.tokens, x)
         guesses, made = jax.device_get((guesses, made))
         self._sums["drafted_tokens"] += int((guesses != programs.NO_TOKEN).sum())
         right = (guesses != programs.NO_TOKEN) & (guesses == made.tokens[:, :-1])

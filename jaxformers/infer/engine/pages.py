@@ -17,13 +17,16 @@ import numpy as np
 Digest = bytes
 
 
-def piece_digests(tokens: np.ndarray, piece: int, *, salt: bytes = b"") -> list[Digest]:
-    """One digest for each whole piece of int32 tokens [T], each over everything up to the piece's end. `salt` keeps
+def piece_digests(tokens: np.ndarray, piece: int, *, salt: bytes = b"", ahead: int = 0) -> list[Digest]:
+    """One digest for each whole piece of int32 tokens [T], each over everything up to the piece's end and the `ahead`
+    tokens behind it, on which what is kept of it depends too; a piece with fewer behind it has none. `salt` keeps
     apart what the same tokens mean in different circumstances."""
     chain, found = hashlib.blake2b(salt, digest_size=16), []
-    for end in range(piece, len(tokens) + 1, piece):
+    for end in range(piece, len(tokens) + 1 - ahead, piece):
         chain.update(tokens[end - piece : end].tobytes())
-        found.append(chain.copy().digest())
+        whole = chain.copy()
+        whole.update(tokens[end : end + ahead].tobytes())
+        found.append(whole.digest())
     return found
 
 

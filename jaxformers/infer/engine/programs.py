@@ -183,10 +183,16 @@ def after(rows: Rows, tokens: jax.Array, active: jax.Array) -> After:
     return After(rows, goes_on)
 
 
+class Verified(NamedTuple):
+    """What came of guesses, and what the layers made of the tokens that were read for it: x [B, n, D]."""
+
+    state: State
+    made: Decoded
+    x: jax.Array
+
+
 @functools.partial(jax.jit, static_argnames=("cfg", "runtime"), donate_argnames="state")
-def verify(
-    params: Params, state: State, guesses: jax.Array, *, cfg: ModelConfig, runtime: Runtime
-) -> tuple[State, Decoded]:
+def verify(params: Params, state: State, guesses: jax.Array, *, cfg: ModelConfig, runtime: Runtime) -> Verified:
     """One to k + 1 more tokens in every slot that makes some, in one pass over guesses int32 [B, k] of them (NO_TOKEN:
     none); n is k + 1.
 
@@ -212,7 +218,8 @@ def verify(
     logits = unembed(params, cfg, hidden.x.reshape(slots * (count + 1), -1), runtime)
     logits = runtime.shard(logits.reshape(slots, count + 1, -1), None, None, None)
     rows, made = _accept(logits, rows, guesses)
-    return state.with_cache(hidden.cache).replace(rows=rows).placed(runtime.shard), made
+    state = state.with_cache(hidden.cache).replace(rows=rows).placed(runtime.shard)
+    return Verified(state, made, runtime.shard(hidden.x, None, None, None))
 
 
 def _accept(logits: jax.Array, rows: Rows, guesses: jax.Array) -> tuple[Rows, Decoded]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -51,9 +51,9 @@ class Running:
         return len(self.request.prompt) - 1 + self.made
 
     def piece(self, size: int) -> np.ndarray:
-        """The tokens to be read next, and the one behind them: int32 [size + 1], zeros behind the prompt's end."""
-        tokens = np.zeros(size + 1, np.int32)
-        found = self.request.prompt[self.read : self.read + size + 1]
+        """The next so many tokens of its prompt that are not read yet: int32 [size], zeros behind the prompt's end."""
+        tokens = np.zeros(size, np.int32)
+        found = self.request.prompt[self.read : self.read + size]
         tokens[: len(found)] = found
         return tokens
 
@@ -81,6 +81,13 @@ class Running:
             scored = (TokenLogprobs(self.request.prompt[0], None, ()), *self.scored)
         cached = self.cached if first else 0
         return Event(self.number, tuple(tokens), finish, logprobs, scored, cached, error)
+
+
+def slots_of(runs: Iterable[Running], count: int) -> np.ndarray:
+    """bool [count]: which of so many slots these have."""
+    found = np.zeros(count, bool)
+    found[[run.slot for run in runs]] = True
+    return found
 
 
 def told(tokens: Sequence[int], logprobs: Logprobs, top: int) -> tuple[TokenLogprobs, ...]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
+
+import numpy as np
 
 from jaxformers.infer.request import EngineConfig
 from jaxformers.models.config import ModelConfig
@@ -64,6 +66,10 @@ class Sizes:
             recent_pages=None if recent is None or recent >= tokens else recent // size,
             cache_dtype=config.cache_dtype,
         )
+
+    def pool_dtype(self, dtype: Any) -> Any:
+        """Of cached keys and values, where the model computes in `dtype`."""
+        return dtype if self.cache_dtype is None else np.dtype(self.cache_dtype)
 
 
 def _check(config: EngineConfig) -> None:

@@ -65,13 +65,22 @@ class State:
 
     def placed(self, shard: Callable[..., jax.Array]) -> State:
         """With pools split over kv heads, as far as these can be split, and all else whole on every device."""
-        split = jax.tree.map(lambda pool: shard(pool, None, "kv_heads", *(None,) * (pool.ndim - 2)), self.pools)
-        tables, rows = jax.tree.map(lambda a: shard(a, *(None,) * a.ndim), (self.tables, self.rows))
-        return self.replace(pools=split, tables=tables, rows=rows)
+        tables, rows = whole((self.tables, self.rows), shard)
+        return self.replace(pools=split_pools(self.pools, shard), tables=tables, rows=rows)
 
     def with_cache(self, cache: list[dict[str, Paged]]) -> State:
         """With what the model wrote."""
         return self.replace(pools=[{name: paged.pool for name, paged in layer.items()} for layer in cache])
+
+
+def split_pools(pools: list[dict[str, Pool]], shard: Callable[..., jax.Array]) -> list[dict[str, Pool]]:
+    """Pools split over kv heads, as far as these can be split."""
+    return jax.tree.map(lambda pool: shard(pool, None, "kv_heads", *(None,) * (pool.ndim - 2)), pools)
+
+
+def whole(tree: Any, shard: Callable[..., jax.Array]) -> Any:
+    """Arrays that every device has all of."""
+    return jax.tree.map(lambda a: shard(a, *(None,) * a.ndim), tree)
 
 
 def new_row(request: Request, seed: int, vocab_size: int, *, adapter: int = 0) -> Rows:
@@ -121,7 +130,6 @@ def init_state(*, cfg: ModelConfig, runtime: Runtime, sizes: Sizes) -> State:
     rows = jax.tree.map(lambda one: jnp.broadcast_to(one, (sizes.slots, *np.shape(one))), row)
     recent = tuple(sizes.recent_pages is not None and kind.window is not None for kind in cfg.layers)
     counts = [sizes.recent_pages if few else sizes.pages for few in recent]
-    dtype = runtime.dtype if sizes.cache_dtype is None else jnp.dtype(sizes.cache_dtype)
-    pools = init_pools(cfg, counts, sizes.page_size, dtype=dtype)
+    pools = init_pools(cfg, counts, sizes.page_size, dtype=sizes.pool_dtype(runtime.dtype))
     tables = (jnp.full((sizes.slots, sizes.width), NOWHERE, jnp.int32),) * (2 if any(recent) else 1)
     return State(pools, tables, rows, recent).placed(runtime.shard)
