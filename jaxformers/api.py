@@ -1,4 +1,8 @@
-"""A model as users hold it: read from any reference, written as a Hugging Face directory."""
+"""A model as users hold it: read from any reference, written as a Hugging Face directory.
+
+What reads runs and adapters comes with the libraries that train and save, which take most of a second to import: it is
+imported where it is needed, as most references are neither.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +10,12 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxformers.adapters import FoundAdapter, saved_adapter
 from jaxformers.data.gguf_tokenizer import gguf_tokenizer
 from jaxformers.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from jaxformers.families import read_config
@@ -32,9 +35,9 @@ from jaxformers.models.adapters import spec_like
 from jaxformers.models.config import ModelConfig
 from jaxformers.models.params import Params, model_spec
 from jaxformers.parallel.mesh import MeshConfig, make_mesh, param_shardings, single_device_mesh
-from jaxformers.starting import saved_model
-from jaxformers.train.checkpoint import FOLDER, Checkpointer
-from jaxformers.train.stored import named_leaves
+
+if TYPE_CHECKING:
+    from jaxformers.adapters import FoundAdapter
 
 DTYPES = ("float32", "bfloat16", "float16")
 TOKENIZER_FOLDER = "tokenizer"
@@ -108,6 +111,8 @@ class FoundModel:
     def fingerprint(self) -> str:
         """Of the weights, to tell this model from others with the same architecture."""
         if self.tensors is None:
+            from jaxformers.train.stored import named_leaves
+
             return fingerprint(named_leaves(self.deferred_params()))
         # Without modules for multi-token prediction, which not every reader asks for.
         own = {part.source.name for part in parts(without_mtp(self.config))}
@@ -134,6 +139,8 @@ class FoundModel:
                 places,
             )
             assert self.step is not None
+            from jaxformers.train.checkpoint import Checkpointer
+
             with Checkpointer(self.path) as checkpoints:
                 return checkpoints.restore_params(self.step, abstract, ema=ema)
 
@@ -152,6 +159,9 @@ class FoundModel:
             return import_deferred(self.config, self.tensors, dtype=dtype)
         if self.base is not None and self.adapter is not None:
             return merged_model(self.adapter.attach(self.base.deferred_params(dtype=dtype)), self.base.config)[0]
+        from jaxformers.train.checkpoint import Checkpointer
+        from jaxformers.train.stored import named_leaves
+
         assert self.step is not None
         spec = model_spec(self.config)
         with Checkpointer(self.path) as checkpoints:
@@ -206,6 +216,8 @@ def _base_of(adapter: Path, base: str | None, *, mtp: bool = False) -> FoundMode
 
 
 def _with_adapters(base: FoundModel, refs: Sequence[str | Path], weights: Sequence[float] | None) -> FoundModel:
+    from jaxformers.adapters import FoundAdapter
+
     weights = [1.0] * len(refs) if weights is None else weights
     if len(weights) != len(refs):
         raise ValueError(f"there are {len(refs)} adapters and {len(weights)} weights for them; give each one")
@@ -248,6 +260,9 @@ def _find_gguf(path: Path) -> FoundModel:
 
 def _find_run(run: Path, step: int | None, *, mtp: bool) -> FoundModel:
     """A run's checkpoint, the newest one unless a step is named."""
+    from jaxformers.starting import saved_model
+    from jaxformers.train.checkpoint import FOLDER, Checkpointer
+
     with Checkpointer(run) as checkpoints:
         if step is not None:
             checkpoints.check(step)
@@ -269,6 +284,8 @@ def _find_adapter_run(
     run: Path, step: int, meta: Mapping[str, Any], tokenizer: Tokenizer | None, *, mtp: bool, has_ema: bool
 ) -> FoundModel:
     """The base of a run that trained an adapter, with the adapter of one of its checkpoints."""
+    from jaxformers.adapters import saved_adapter
+
     base = _base_of(run, meta["base"]["ref"], mtp=mtp)
     _check_base(run, meta["base"]["fingerprint"], base)
     adapter = saved_adapter(run, step, meta, base.config)

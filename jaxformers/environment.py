@@ -7,7 +7,7 @@ import os
 
 import jax
 
-from jaxformers.data.cache import cache_root
+from jaxformers.data.home import cache_root
 
 
 def set_up() -> None:

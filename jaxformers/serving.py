@@ -17,7 +17,6 @@ import numpy as np
 import uvicorn
 
 from jaxformers import __version__
-from jaxformers.adapters import adapter_params
 from jaxformers.api import Model, load
 from jaxformers.generation import prepared
 from jaxformers.infer.embed import Pooling, embed
@@ -117,6 +116,8 @@ def serve(ref: str, options: Options) -> None:
 
 def add_adapters(served: Served, model: Model, refs: Mapping[str, str]) -> None:
     """Lets clients choose adapters of the model by name. ValueError for one that is not its, or has its name."""
+    from jaxformers.adapters import adapter_params  # with what training needs, which takes its time
+
     for name, ref in refs.items():
         if name == served.name:
             raise ValueError(f"adapter {name!r} has the model's own name; choose another, or --name")
