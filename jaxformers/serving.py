@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -17,10 +18,11 @@ import numpy as np
 import uvicorn
 
 from jaxformers import __version__
-from jaxformers.api import Model, load
+from jaxformers.api import Model, find_to_load, load_to_generate
 from jaxformers.generation import prepared
 from jaxformers.infer.embed import Pooling, embed
 from jaxformers.infer.request import Driven, EngineConfig
+from jaxformers.parallel.mesh import single_device_mesh
 from jaxformers.serve import security
 from jaxformers.serve.app import build_app
 from jaxformers.serve.connections import bounded_protocol
@@ -106,12 +108,26 @@ def serve(ref: str, options: Options) -> None:
     """
     signal.signal(signal.SIGTERM, _leave_quietly)
     listener = listen(options.address)
-    model = load(ref, dtype=options.dtype, ema=options.ema)
-    draft = None if options.draft is None else load(options.draft, dtype=options.dtype)
+    model = load_while_compiling(ref, options)
+    draft = None if options.draft is None else load_to_generate(options.draft, dtype=options.dtype)
     name = options.name or _own_name(ref)
     served = served_model(model, options.engine, name=name, pooling=options.pooling, draft=draft)
     add_adapters(served, model, options.adapters)
     run(served, options, listener)
+
+
+def load_while_compiling(ref: str, options: Options) -> Model:
+    """The model of a reference; what its engine compiles is compiled meanwhile, as far as that can be told."""
+    from jaxformers.infer.engine.ahead import compile_ahead
+
+    found = find_to_load(ref, dtype=options.dtype)
+    foreseen = found.foreseen(single_device_mesh(), dtype=options.dtype)
+    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as thread:
+        compiling = thread.submit(compile_ahead, foreseen, options.engine) if foreseen is not None else None
+        model = found.load_to_generate(dtype=options.dtype, ema=options.ema)
+    if compiling is not None:
+        compiling.result()
+    return model
 
 
 def add_adapters(served: Served, model: Model, refs: Mapping[str, str]) -> None:

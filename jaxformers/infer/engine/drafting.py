@@ -10,7 +10,6 @@ B slots, C tokens of a piece of a prompt, k tokens guessed at a time
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -22,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxformers.infer.engine.choosing import choose
-from jaxformers.infer.engine.placement import engine_runtime
+from jaxformers.infer.engine.placement import paged_runtime
 from jaxformers.infer.engine.programs import NO_TOKEN, after, piece_positions
 from jaxformers.infer.engine.running import Running
 from jaxformers.infer.engine.sizes import Sizes
@@ -31,7 +30,7 @@ from jaxformers.infer.generate import Prepared
 from jaxformers.infer.request import EngineConfig
 from jaxformers.models.config import DynamicScaling, LongRopeScaling, ModelConfig
 from jaxformers.models.decoder import gather_shared, hidden_states, unembed
-from jaxformers.models.paged import Pool, attend_in_pages, init_pools
+from jaxformers.models.paged import Pool, init_pools
 from jaxformers.models.params import Params
 from jaxformers.models.runtime import Runtime
 from jaxformers.parallel.mesh import replicated
@@ -134,10 +133,9 @@ class DraftModel:
 
     def __init__(self, model: Prepared, config: EngineConfig, sizes: Sizes, mesh: Mesh):
         self._params, self._count = model.params, config.draft_tokens
-        runtime = dataclasses.replace(model.runtime, attend=attend_in_pages(sizes.block))
-        self._model: dict[str, Any] = {"cfg": model.config, "runtime": engine_runtime(runtime, model.config, mesh)}
+        self._model: dict[str, Any] = {"cfg": model.config, "runtime": paged_runtime(model, sizes, mesh)}
         counts = [sizes.pages] * model.config.num_layers
-        pools = init_pools(model.config, counts, config.page_size, dtype=runtime.dtype)
+        pools = init_pools(model.config, counts, config.page_size, dtype=model.runtime.dtype)
         self._pools = jax.device_put(pools, replicated(mesh))
 
     def read(self, state: State, slot: np.int32, tokens: np.ndarray, start: np.int32, length: np.int32) -> None:

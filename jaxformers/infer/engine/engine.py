@@ -24,7 +24,7 @@ from jaxformers.infer.engine.checks import check_request, pages_needed
 from jaxformers.infer.engine.compilations import compilations
 from jaxformers.infer.engine.drafting import make_drafter
 from jaxformers.infer.engine.pages import Pages, piece_digests
-from jaxformers.infer.engine.placement import engine_runtime, mesh_of
+from jaxformers.infer.engine.placement import mesh_of, paged_runtime
 from jaxformers.infer.engine.queue import Queue, Waiting
 from jaxformers.infer.engine.recent import Held, Recent
 from jaxformers.infer.engine.running import Running, told
@@ -33,7 +33,6 @@ from jaxformers.infer.engine.state import init_state, new_row
 from jaxformers.infer.generate import Prepared, prepare_model
 from jaxformers.infer.request import EngineConfig, EngineStats, Event, Finish, Request
 from jaxformers.models.config import DynamicScaling, LongRopeScaling, ModelConfig
-from jaxformers.models.paged import attend_in_pages
 from jaxformers.models.params import Params
 from jaxformers.parallel.mesh import replicated
 
@@ -68,9 +67,7 @@ class Engine:
         self.config, self._cfg = config, model.config
         self._sizes = sizes = Sizes.of(config, model.config)
         self._mesh = mesh_of(model.params)
-        runtime = dataclasses.replace(model.runtime, attend=attend_in_pages(sizes.block))
-        runtime = engine_runtime(runtime, model.config, self._mesh)
-        self._model = {"cfg": model.config, "runtime": runtime}
+        self._model = {"cfg": model.config, "runtime": paged_runtime(model, sizes, self._mesh)}
         with jax.set_mesh(self._mesh):
             self._state = init_state(**self._model, sizes=sizes)
         self._adapters = Adapters(model, config, replicated(self._mesh))
