@@ -7,21 +7,18 @@ import logging
 import signal
 import socket
 import sys
-import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-import numpy as np
 import uvicorn
 
 from jaxformers import __version__
 from jaxformers.api import Model, find_to_load, load_to_generate
 from jaxformers.generation import prepared
-from jaxformers.infer.embed import Pooling, embed
-from jaxformers.infer.request import Driven, EngineConfig
+from jaxformers.infer.request import Driven, EngineConfig, Pooling
 from jaxformers.parallel.mesh import single_device_mesh
 from jaxformers.serve import security
 from jaxformers.serve.app import build_app
@@ -81,12 +78,6 @@ def served_model(
     """A loaded model as a server sees it. ValueError for one without a tokenizer."""
     if model.tokenizer is None:
         raise ValueError(f"{name} has no tokenizer, so it cannot be served")
-    one_at_a_time = threading.Lock()
-
-    def embed_alone(prompts: Sequence[Sequence[int]]) -> np.ndarray:
-        with one_at_a_time:
-            return embed(prepared(model), prompts, pooling=pooling)
-
     return Served(
         name=name,
         tokenizer=model.tokenizer,
@@ -95,7 +86,7 @@ def served_model(
         vocab_size=model.config.vocab_size,
         family=model.config.family,
         generation=model.generation,
-        embed=embed_alone,
+        pooling=pooling,
         version=__version__,
     )
 

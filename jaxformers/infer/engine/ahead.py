@@ -51,4 +51,4 @@ def _decode(params: Params, state: State, config: EngineConfig, static: dict[str
 
 def _prefill(params: Params, state: State, config: EngineConfig, static: dict[str, Any]) -> jax.stages.Lowered:
     number, tokens = np.int32(0), np.zeros(config.prefill_piece, np.int32)
-    return programs.prefill_chunk.lower(params, state, number, tokens, number, number, **static)
+    return programs.prefill_chunk.lower(params, state, number, tokens, number, number, number, **static)

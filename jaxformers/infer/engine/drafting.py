@@ -172,7 +172,7 @@ def read(
 ) -> Pools:
     """Reads tokens int32 [C] of a prompt into the draft model's cache, as `programs.prefill_chunk` does."""
     params = gather_shared(params, cfg, runtime)
-    positions = piece_positions(tokens, start, length)[None]
+    positions = piece_positions(tokens, start, length - 1)[None]
     state = _state(pools, table, None)
     cache, last = state.cache((table[slot][None],)), (length - 1)[None]
     hidden = hidden_states(params, cfg, tokens[None], positions=positions, cache=cache, last=last, runtime=runtime)

@@ -195,9 +195,10 @@ class Engine:
         if self.recent is not None:
             self._state = programs.turn(self._state, slot, tables)
         self._state, x = programs.prefill_chunk(
-            self._params, self._state, slot, nothing, np.int32(0), np.int32(1), **self._model
+            self._params, self._state, slot, nothing, np.int32(0), np.int32(0), np.int32(0), **self._model
         )
         programs.score(self._params, x, nothing, **self._model)
+        programs.pool(self._params, x, np.zeros(piece, np.float32), **self._model)
         self._state = programs.start(self._state, slot, np.int32(0), np.int32(0))
         self._state = programs.allow(self._state, slot, np.ones(vocab_size, bool))
         if self._drafter is not None:
@@ -240,7 +241,7 @@ class Engine:
         there is no room."""
         request, piece = waiting.request, self.config.prefill_piece
         digests = self._digests(waiting)
-        shared = self._find(digests) if request.prompt_logprobs is None else []
+        shared = [] if request.asks_of_prompt else self._find(digests)
         needed = pages_needed(request, self.config.page_size)
         pages = self.pages.take(shared, needed - len(shared))
         if pages is None:
@@ -314,11 +315,14 @@ class Engine:
             return
         size, length = self.config.prefill_piece, len(run.request.prompt)
         tokens = run.piece(size)
-        self._move(run, run.read, min(run.read + size, length - 1))
+        self._move(run, run.read, min(run.read + size, run.end))
         position, slot = np.int32(run.read), np.int32(run.slot)
+        end, last = np.int32(run.end), np.int32(length - 1)
         self._state, x = programs.prefill_chunk(
-            self._params, self._state, slot, tokens[:-1], position, np.int32(length), **self._model
+            self._params, self._state, slot, tokens[:-1], position, end, last, **self._model
         )
+        if run.request.pooling is not None:
+            run.pooled += jax.device_get(programs.pool(self._params, x, run.pooling_weights(size), **self._model))
         if self._drafter is not None:
             self._drafter.read(self._state, slot, tokens[:-1], position, np.int32(length))
         if run.request.prompt_logprobs is not None:
@@ -336,7 +340,7 @@ class Engine:
 
     def _adopt(self, run: Running) -> bool:
         """Whether others have read what a request would read next: its own pages for that go, and theirs come."""
-        if run.request.prompt_logprobs is not None:
+        if run.request.asks_of_prompt:
             return False
         known, have = self._find(run.digests), run.read // self.config.page_size
         if len(known) <= have:
