@@ -1,4 +1,8 @@
-"""A model as users hold it: read from any reference, written as a Hugging Face directory."""
+"""A model as users hold it: read from any reference, written as a Hugging Face directory.
+
+What reads runs and adapters comes with the libraries that train and save, which take most of a second to import: it is
+imported where it is needed, as most references are neither.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +10,19 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxformers.adapters import FoundAdapter, saved_adapter
 from jaxformers.data.gguf_tokenizer import gguf_tokenizer
 from jaxformers.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from jaxformers.families import read_config
 from jaxformers.families.common import without_mtp
 from jaxformers.hub.convert import import_deferred, import_params
+from jaxformers.hub.decoding import decoding_shapes, import_decoding
 from jaxformers.hub.fingerprint import fingerprint
 from jaxformers.hub.fp8 import open_weights
 from jaxformers.hub.gguf import open_gguf
@@ -28,15 +33,17 @@ from jaxformers.hub.peft import fit_adapter, merged_model, read_adapter, stack_a
 from jaxformers.hub.pretrained import read_generation_config, write_pretrained
 from jaxformers.hub.resolve import classify, resolve
 from jaxformers.hub.safetensors import Deferred
+from jaxformers.infer.generate import Prepared, decode_runtime, prepare_model
 from jaxformers.models.adapters import spec_like
 from jaxformers.models.config import ModelConfig
 from jaxformers.models.params import Params, model_spec
-from jaxformers.parallel.mesh import MeshConfig, make_mesh, param_shardings, single_device_mesh
-from jaxformers.starting import saved_model
-from jaxformers.train.checkpoint import FOLDER, Checkpointer
-from jaxformers.train.stored import named_leaves
+from jaxformers.parallel.mesh import MeshConfig, make_mesh, param_shardings, replicated, single_device_mesh
+
+if TYPE_CHECKING:
+    from jaxformers.adapters import FoundAdapter
 
 DTYPES = ("float32", "bfloat16", "float16")
+CPU_DTYPE = "float32"  # computes as fast there as any other, or faster
 TOKENIZER_FOLDER = "tokenizer"
 _log = logging.getLogger(__name__)
 
@@ -78,13 +85,39 @@ def load(
 
     ValueError in one line for whatever keeps it from being loaded.
     """
-    _check_dtype(dtype)
-    adapters = [adapter] if isinstance(adapter, (str, Path)) else list(adapter)
-    found = find_model(ref, mtp=mtp, adapters=adapters, adapter_weights=adapter_weights)
+    found = find_to_load(ref, dtype=dtype, adapter=adapter, adapter_weights=adapter_weights, mtp=mtp)
     mesh = make_mesh(mesh) if isinstance(mesh, MeshConfig) else mesh or single_device_mesh()
     params = found.read_params(mesh, dtype=dtype, ema=ema)
     compute = dtype or _default_compute_dtype(params, mesh)
     return Model(found.config, params, found.tokenizer, mesh, compute, found.generation)
+
+
+def load_to_generate(
+    ref: str | Path,
+    *,
+    dtype: str | None = None,
+    ema: bool = False,
+    adapter: str | Path | Sequence[str | Path] = (),
+    adapter_weights: Sequence[float] | None = None,
+) -> Model:
+    """The model as `load` gives it on the first device, but with its parameters in the layout that generating runs
+    from, which nothing but generating takes: loaded sooner, and in memory once."""
+    found = find_to_load(ref, dtype=dtype, adapter=adapter, adapter_weights=adapter_weights)
+    return found.load_to_generate(dtype=dtype, ema=ema)
+
+
+def find_to_load(
+    ref: str | Path,
+    *,
+    dtype: str | None = None,
+    adapter: str | Path | Sequence[str | Path] = (),
+    adapter_weights: Sequence[float] | None = None,
+    mtp: bool = False,
+) -> FoundModel:
+    """What `load` loads with these arguments. ValueError for a dtype that no model can have, and as `find_model`."""
+    _check_dtype(dtype)
+    adapters = [adapter] if isinstance(adapter, (str, Path)) else list(adapter)
+    return find_model(ref, mtp=mtp, adapters=adapters, adapter_weights=adapter_weights)
 
 
 @dataclass(frozen=True)
@@ -108,6 +141,8 @@ class FoundModel:
     def fingerprint(self) -> str:
         """Of the weights, to tell this model from others with the same architecture."""
         if self.tensors is None:
+            from jaxformers.train.stored import named_leaves
+
             return fingerprint(named_leaves(self.deferred_params()))
         # Without modules for multi-token prediction, which not every reader asks for.
         own = {part.source.name for part in parts(without_mtp(self.config))}
@@ -134,8 +169,39 @@ class FoundModel:
                 places,
             )
             assert self.step is not None
+            from jaxformers.train.checkpoint import Checkpointer
+
             with Checkpointer(self.path) as checkpoints:
                 return checkpoints.restore_params(self.step, abstract, ema=ema)
+
+    def read_decoding(self, mesh: Mesh, *, dtype: str | None = None, ema: bool = False) -> tuple[Params, str]:
+        """The parameters in the layout that decoding runs from, and the dtype that it computes in; None as for `load`.
+        The plain tree is let go of, or on one CPU not made at all."""
+        if self._is_read_at_once(mesh) and not ema:
+            compute, place = dtype or CPU_DTYPE, replicated(mesh)
+            with jax.set_mesh(mesh):
+                return import_decoding(self.config, self.tensors, dtype=compute, place=place, stored=dtype), compute
+        params = self.read_params(mesh, dtype=dtype, ema=ema)
+        compute = dtype or _default_compute_dtype(params, mesh)
+        return prepare_model(params, self.config, mesh, dtype=compute).params, compute
+
+    def load_to_generate(self, *, dtype: str | None = None, ema: bool = False) -> Model:
+        """As the function of this name."""
+        mesh = single_device_mesh()
+        params, compute = self.read_decoding(mesh, dtype=dtype, ema=ema)
+        return Model(self.config, params, self.tokenizer, mesh, compute, self.generation)
+
+    def foreseen(self, mesh: Mesh, *, dtype: str | None = None) -> Prepared | None:
+        """What `read_decoding` will return, with leaves that have a shape and a place and no numbers; None where it
+        cannot be told."""
+        if not self._is_read_at_once(mesh):
+            return None
+        compute = jnp.dtype(dtype or CPU_DTYPE)
+        shapes = decoding_shapes(self.config, self.tensors, dtype=compute, place=replicated(mesh), stored=dtype)
+        return Prepared(shapes, self.config, decode_runtime(mesh, compute))
+
+    def _is_read_at_once(self, mesh: Mesh) -> bool:
+        return self.tensors is not None and not self.config.mtp_modules and mesh.size == 1 and _on_cpu(mesh)
 
     def read_adapted(self, mesh: Mesh, *, dtype: str | None = None, ema: bool = False) -> Params:
         """The base's parameters with the adapter beside them, as `LoRA` leaves."""
@@ -152,6 +218,9 @@ class FoundModel:
             return import_deferred(self.config, self.tensors, dtype=dtype)
         if self.base is not None and self.adapter is not None:
             return merged_model(self.adapter.attach(self.base.deferred_params(dtype=dtype)), self.base.config)[0]
+        from jaxformers.train.checkpoint import Checkpointer
+        from jaxformers.train.stored import named_leaves
+
         assert self.step is not None
         spec = model_spec(self.config)
         with Checkpointer(self.path) as checkpoints:
@@ -206,6 +275,8 @@ def _base_of(adapter: Path, base: str | None, *, mtp: bool = False) -> FoundMode
 
 
 def _with_adapters(base: FoundModel, refs: Sequence[str | Path], weights: Sequence[float] | None) -> FoundModel:
+    from jaxformers.adapters import FoundAdapter
+
     weights = [1.0] * len(refs) if weights is None else weights
     if len(weights) != len(refs):
         raise ValueError(f"there are {len(refs)} adapters and {len(weights)} weights for them; give each one")
@@ -248,6 +319,9 @@ def _find_gguf(path: Path) -> FoundModel:
 
 def _find_run(run: Path, step: int | None, *, mtp: bool) -> FoundModel:
     """A run's checkpoint, the newest one unless a step is named."""
+    from jaxformers.starting import saved_model
+    from jaxformers.train.checkpoint import FOLDER, Checkpointer
+
     with Checkpointer(run) as checkpoints:
         if step is not None:
             checkpoints.check(step)
@@ -269,6 +343,8 @@ def _find_adapter_run(
     run: Path, step: int, meta: Mapping[str, Any], tokenizer: Tokenizer | None, *, mtp: bool, has_ema: bool
 ) -> FoundModel:
     """The base of a run that trained an adapter, with the adapter of one of its checkpoints."""
+    from jaxformers.adapters import saved_adapter
+
     base = _base_of(run, meta["base"]["ref"], mtp=mtp)
     _check_base(run, meta["base"]["fingerprint"], base)
     adapter = saved_adapter(run, step, meta, base.config)
@@ -291,8 +367,11 @@ def _check_dtype(dtype: str | None) -> None:
 
 
 def _default_compute_dtype(params: Params, mesh: Mesh) -> str:
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    return "float32" if on_cpu or params["embed"].dtype == np.float32 else "bfloat16"
+    return CPU_DTYPE if _on_cpu(mesh) or params["embed"].dtype == np.float32 else "bfloat16"
+
+
+def _on_cpu(mesh: Mesh) -> bool:
+    return mesh.devices.flat[0].platform == "cpu"
 
 
 def _tokenizer_at(path: Path) -> Tokenizer | None:

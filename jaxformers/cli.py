@@ -171,8 +171,9 @@ def generate(
         raise ValueError("beams and draws to choose from are for prompts that are no file's, not for --input")
     texts = [] if input is not None else _prompts(prompts or [], prompts_file)
     import jaxformers as jf
+    from jaxformers.api import load_to_generate
 
-    model = jf.load(ref, dtype=dtype, ema=ema, adapter=adapter or (), adapter_weights=adapter_weight or None)
+    model = load_to_generate(ref, dtype=dtype, ema=ema, adapter=adapter or (), adapter_weights=adapter_weight or None)
     settings = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -257,7 +258,7 @@ def chat(
     adapter_weight: AdapterWeight = None,
 ) -> None:
     """Talk with a model. Each line of standard input is a turn; /help lists the commands."""
-    from jaxformers.api import load
+    from jaxformers.api import load_to_generate
     from jaxformers.chat import Conversation, converse
 
     settings = {
@@ -269,7 +270,7 @@ def chat(
         "repetition_penalty": repetition_penalty,
         "seed": seed,
     }
-    model = load(ref, dtype=dtype, ema=ema, adapter=adapter or (), adapter_weights=adapter_weight or None)
+    model = load_to_generate(ref, dtype=dtype, ema=ema, adapter=adapter or (), adapter_weights=adapter_weight or None)
     converse(Conversation(model, system=system, **settings))
 
 

@@ -8,7 +8,7 @@ import re
 
 import jax
 
-from jaxformers.data.cache import cache_root
+from jaxformers.data.home import cache_root
 
 # A device that waits in a collective keeps its thread, and it waits in as many collectives at once as a program has
 # loops that do not depend on each other: policy and reference, teacher and student.

@@ -7,21 +7,19 @@ import logging
 import signal
 import socket
 import sys
-import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-import numpy as np
 import uvicorn
 
 from jaxformers import __version__
-from jaxformers.adapters import adapter_params
-from jaxformers.api import Model, load
+from jaxformers.api import Model, find_to_load, load_to_generate
 from jaxformers.generation import prepared
-from jaxformers.infer.embed import Pooling, embed
-from jaxformers.infer.request import Driven, EngineConfig
+from jaxformers.infer.request import Driven, EngineConfig, Pooling
+from jaxformers.parallel.mesh import single_device_mesh
 from jaxformers.serve import security
 from jaxformers.serve.app import build_app
 from jaxformers.serve.connections import bounded_protocol
@@ -80,12 +78,6 @@ def served_model(
     """A loaded model as a server sees it. ValueError for one without a tokenizer."""
     if model.tokenizer is None:
         raise ValueError(f"{name} has no tokenizer, so it cannot be served")
-    one_at_a_time = threading.Lock()
-
-    def embed_alone(prompts: Sequence[Sequence[int]]) -> np.ndarray:
-        with one_at_a_time:
-            return embed(prepared(model), prompts, pooling=pooling)
-
     return Served(
         name=name,
         tokenizer=model.tokenizer,
@@ -94,7 +86,7 @@ def served_model(
         vocab_size=model.config.vocab_size,
         family=model.config.family,
         generation=model.generation,
-        embed=embed_alone,
+        pooling=pooling,
         version=__version__,
     )
 
@@ -107,16 +99,32 @@ def serve(ref: str, options: Options) -> None:
     """
     signal.signal(signal.SIGTERM, _leave_quietly)
     listener = listen(options.address)
-    model = load(ref, dtype=options.dtype, ema=options.ema, mtp=options.engine.speculate == "mtp")
-    draft = None if options.draft is None else load(options.draft, dtype=options.dtype)
+    model = load_while_compiling(ref, options)
+    draft = None if options.draft is None else load_to_generate(options.draft, dtype=options.dtype)
     name = options.name or _own_name(ref)
     served = served_model(model, options.engine, name=name, pooling=options.pooling, draft=draft)
     add_adapters(served, model, options.adapters)
     run(served, options, listener)
 
 
+def load_while_compiling(ref: str, options: Options) -> Model:
+    """The model of a reference; what its engine compiles is compiled meanwhile, as far as that can be told."""
+    from jaxformers.infer.engine.ahead import compile_ahead
+
+    found = find_to_load(ref, dtype=options.dtype, mtp=options.engine.speculate == "mtp")
+    foreseen = found.foreseen(single_device_mesh(), dtype=options.dtype)
+    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as thread:
+        compiling = thread.submit(compile_ahead, foreseen, options.engine) if foreseen is not None else None
+        model = found.load_to_generate(dtype=options.dtype, ema=options.ema)
+    if compiling is not None:
+        compiling.result()
+    return model
+
+
 def add_adapters(served: Served, model: Model, refs: Mapping[str, str]) -> None:
     """Lets clients choose adapters of the model by name. ValueError for one that is not its, or has its name."""
+    from jaxformers.adapters import adapter_params  # with what training needs, which takes its time
+
     for name, ref in refs.items():
         if name == served.name:
             raise ValueError(f"adapter {name!r} has the model's own name; choose another, or --name")

@@ -133,3 +133,9 @@ def test_importing_the_package_loads_neither_jax_nor_any_other_heavy_library():
 def test_importing_the_package_takes_less_than_a_third_of_a_second():
     code = "import time; start = time.perf_counter(); import jaxformers; print(time.perf_counter() - start)"
     assert min(float(in_a_fresh_interpreter(code)) for _ in range(3)) < 0.3
+
+
+def test_serving_and_generating_load_nothing_that_only_training_needs():
+    unneeded = {"optax", "orbax", "grain", "tensorstore", "jaxformers.train", "jaxformers.data.config"}
+    code = f"import sys, jaxformers.serving, jaxformers.generation; print(*sorted({unneeded!r} & sys.modules.keys()))"
+    assert in_a_fresh_interpreter(code).split() == []

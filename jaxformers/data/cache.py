@@ -27,6 +27,7 @@ from jaxformers.data.config import DataConfig
 from jaxformers.data.copies import copies
 from jaxformers.data.dialogues import ORIGIN, UNITS
 from jaxformers.data.encoding import DOCUMENT
+from jaxformers.data.home import cache_root
 from jaxformers.data.shards import Job
 from jaxformers.data.sources import BadRecord, SourceFile, files_of, name_of
 from jaxformers.data.tokenizer import Tokenizer
@@ -102,17 +103,6 @@ class TokenCache:
         path = json.loads(lines[int(origin["file"])])["path"]
         unit = UNITS[int(origin["unit"])]
         return name_of(BadRecord(path, int(origin["offset"]), "", unit)).removesuffix(": ")
-
-
-def cache_root(cache_dir: Path | None = None) -> Path:
-    """Where caches live: the given folder, else $JAXFORMERS_CACHE, else this system's folder for them."""
-    if cache_dir is not None:
-        return cache_dir.expanduser()
-    if named := os.environ.get("JAXFORMERS_CACHE"):
-        return Path(named).expanduser()
-    if os.name == "nt":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "jaxformers"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxformers"
 
 
 def open_cache(

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxformers.data.cache import Progress, TokenCache, cache_root, content_key, open_cache, writing_to
+from jaxformers.data.cache import Progress, TokenCache, content_key, open_cache, writing_to
 from jaxformers.data.config import DataConfig, TokenizerConfig
 from jaxformers.data.conversations import said_in, wanted_fields
 from jaxformers.data.documents import fit_conversations
 from jaxformers.data.fim import make_fim
+from jaxformers.data.home import cache_root
 from jaxformers.data.mixture import MixedRows
 from jaxformers.data.packing import permutation
 from jaxformers.data.records import Entry

@@ -36,7 +36,7 @@ def import_params(
 
     ValueError lists every missing, unplaced and misshapen tensor, and refuses tensors that are not floating point.
     """
-    tensors, by_leaf = _planned(cfg, tensors)
+    tensors, by_leaf = planned(cfg, tensors)
     specs, tree = jax.tree_util.tree_flatten_with_path(model_spec(cfg))
     places = _per_leaf(shardings, len(specs))
     leaves = [
@@ -48,17 +48,17 @@ def import_params(
 
 def import_deferred(cfg: ModelConfig, tensors: Mapping[str, ArrayLike], *, dtype: Any = None) -> Params:
     """The parameters as `import_params` reads them, each leaf `Deferred`: made in host memory when its turn comes."""
-    tensors, by_leaf = _planned(cfg, tensors)
+    tensors, by_leaf = planned(cfg, tensors)
 
     def deferred(path: LeafPath, spec: ParamSpec) -> Deferred:
-        made = _dtype_of(by_leaf[path], tensors, dtype)
+        made = dtype_of(by_leaf[path], tensors, dtype)
         read = _reader(by_leaf[path], spec.shape, tensors, made)
         return Deferred(spec.shape, made, lambda: read((slice(None),) * len(spec.shape)))
 
     return jax.tree_util.tree_map_with_path(deferred, model_spec(cfg))
 
 
-def _planned(
+def planned(
     cfg: ModelConfig, tensors: Mapping[str, ArrayLike]
 ) -> tuple[Mapping[str, ArrayLike], dict[LeafPath, list[Part]]]:
     """The tensors under full names, checked, and which parts of them each leaf is made of."""
@@ -77,7 +77,8 @@ def _per_leaf(shardings: Any, count: int) -> list[jax.sharding.Sharding]:
     return [shardings] * count if isinstance(shardings, jax.sharding.Sharding) else jax.tree.leaves(shardings)
 
 
-def _dtype_of(leaf_parts: list[Part], tensors: Mapping[str, ArrayLike], dtype: Any) -> np.dtype:
+def dtype_of(leaf_parts: list[Part], tensors: Mapping[str, ArrayLike], dtype: Any) -> np.dtype:
+    """Of a leaf that is made of these parts; dtype None keeps that of the tensors where they have one in common."""
     stored = {tensors[part.source.name].dtype for part in leaf_parts}
     return np.dtype(dtype) if dtype else np.dtype(stored.pop() if len(stored) == 1 else np.float32)
 
@@ -87,7 +88,7 @@ def _reader(
 ) -> Callable[[tuple[slice, ...]], np.ndarray]:
     """What reads a slice of one leaf; nothing under other slices is read."""
     by_index = {part.index: part for part in leaf_parts}
-    leading, dtype = len(leaf_parts[0].index), _dtype_of(leaf_parts, tensors, dtype)
+    leading, dtype = len(leaf_parts[0].index), dtype_of(leaf_parts, tensors, dtype)
 
     def read(where: tuple[slice, ...]) -> np.ndarray:
         ranges = [range(*s.indices(size)) for s, size in zip(where, shape, strict=True)]

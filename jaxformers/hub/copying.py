@@ -32,6 +32,17 @@ def empty_aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
+def is_aligned(array: np.ndarray) -> bool:
+    """Whether a `jax.Array` on CPU can share this memory, which is nobody else's."""
+    return array.flags.c_contiguous and array.flags.writeable and array.ctypes.data % ALIGNMENT == 0
+
+
+def assign(target: np.ndarray, source: np.ndarray) -> None:
+    """Sets `target[...] = source`, converting dtypes, in this thread."""
+    for task in _tasks(target, source):
+        task()
+
+
 @functools.cache
 def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="copying")

@@ -28,6 +28,7 @@ MAX_DIMS = 4  # the format's own limit
 MAX_STRING = 2**26  # bytes; chat templates and tokens are far below
 MIN_ENTRY, MIN_PAIR = 24, 13  # bytes that describing a tensor and a key with its value take at least
 STRING, ARRAY = 8, 9
+LENGTH = struct.Struct("<Q")  # bytes of a text, before it
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 PLAIN = {0: np.dtype("<f4"), 1: np.dtype("<f2"), 30: np.dtype(ml_dtypes.bfloat16)}
 PLAIN_NAMES = {0: "F32", 1: "F16", 30: "BF16"}
@@ -99,6 +100,23 @@ class _Cursor:
         except UnicodeDecodeError:
             raise self.error(f"holds a text at byte {start} that is not UTF-8") from None
 
+    def _strings(self, count: int) -> list[str]:
+        """As `string` so many times. Vocabularies have hundreds of thousands of texts, so nothing is called for each
+        but where it is wrong."""
+        self.require(LENGTH.size * count)
+        data, size, found = self._data, len(self._data), []
+        for _ in range(count):
+            start = self._at + LENGTH.size
+            end = start + LENGTH.unpack_from(data, self._at)[0] if start <= size else math.inf
+            if end > size or end - start > MAX_STRING:
+                self.string()  # says what is wrong
+            try:
+                found.append(data[start:end].decode())
+            except UnicodeDecodeError:
+                self.string()
+            self._at = end
+        return found
+
     def name(self) -> str:
         """The name of a key or a tensor, fit to be shown."""
         name = self.string()
@@ -117,8 +135,7 @@ class _Cursor:
 
     def _array(self, type_id: int, count: int) -> list[Any]:
         if type_id == STRING:
-            self.require(8 * count)
-            return [self.string() for _ in range(count)]
+            return self._strings(count)
         if type_id not in SCALARS:
             raise self.error(f"has an array of the unknown type {type_id}")
         dtype = np.dtype(f"<{SCALARS[type_id]}")

@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxformers.hub.copying import empty_aligned
+
 BLOCKS_AT_ONCE = 2**14  # bounds what is held beside the result, and stays near the caches
 
 
@@ -30,7 +32,7 @@ class Block(NamedTuple):
 def dequantized(packed: np.ndarray, block: Block) -> np.ndarray:
     """Rows of blocks uint8 [..., bytes] as float32 [..., weights]."""
     blocks = packed.reshape(-1, block.nbytes)
-    plain = np.empty((len(blocks), block.size), np.float32)
+    plain = empty_aligned((len(blocks), block.size), np.dtype(np.float32))
     with np.errstate(all="ignore"):  # a damaged scale gives NaN, as it would in any other reader
         for start in range(0, len(blocks), BLOCKS_AT_ONCE):
             plain[start : start + BLOCKS_AT_ONCE] = block.unpack(blocks[start : start + BLOCKS_AT_ONCE])

@@ -75,8 +75,11 @@ def decode_runtime(mesh: Mesh, dtype: Any = jnp.float32) -> Runtime:
 
 
 def prepare_model(params: Params, cfg: ModelConfig, mesh: Mesh, *, dtype: Any = jnp.float32) -> Prepared:
-    """A model's plain parameter tree, placed on `mesh`, made ready to generate in `dtype`: a copy of the layers."""
+    """A model's plain parameter tree, placed on `mesh`, made ready to generate in `dtype`: a copy of the layers. What
+    was made ready before is left as it is."""
     dtype = jnp.dtype(dtype)
+    if "blocks" in params:
+        return Prepared(params, cfg, decode_runtime(mesh, dtype))
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     prepared = prepare(params, cfg, dtype=dtype, whole=mesh.size == 1, on_cpu=on_cpu)
     return Prepared(prepared, cfg, decode_runtime(mesh, dtype))

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 
 Finish = Literal["stop", "length", "cancelled", "error"]
+Pooling = Literal["mean", "last"]
+POOLINGS: tuple[str, ...] = get_args(Pooling)
 
 
 class Constraint(Protocol):
@@ -28,14 +30,15 @@ class Constraint(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One prompt to be continued.
+    """One prompt to be continued, or to be made a vector of.
 
-    prompt: ids, at least one. max_new_tokens: at least 1, or 0 where only `prompt_logprobs` are wanted. Sampling
-    settings are those of `infer.sampling`; seed None draws one. logit_bias: added to the logits of these ids.
-    stop_ids end the continuation and are not part of it, but not before min_new_tokens. logprobs: how many of the
-    likeliest tokens are told with each new token's own log-probability (0: its own alone); None: nothing is told.
-    prompt_logprobs: the same for the tokens of the prompt. priority: the lower, the earlier. adapter: the name of a
-    loaded one; None: the base model.
+    prompt: ids, at least one. max_new_tokens: at least 1, or 0 where only `prompt_logprobs` are wanted, or a vector:
+    `pooling` says whether it is the mean of the states after the final norm, or the last token's. Sampling settings are
+    those of `infer.sampling`; seed None draws one. logit_bias: added to the logits of these ids. stop_ids end the
+    continuation and are not part of it, but not before min_new_tokens. logprobs: how many of the likeliest tokens are
+    told with each new token's own log-probability (0: its own alone); None: nothing is told. prompt_logprobs: the same
+    for the tokens of the prompt. priority: the lower, the earlier. adapter: the name of a loaded one; None: the base
+    model.
     """
 
     prompt: Sequence[int]
@@ -53,9 +56,15 @@ class Request:
     stop_ids: Sequence[int] = ()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    pooling: Pooling | None = None
     constraint: Constraint | None = None
     priority: int = 0
     adapter: str | None = None
+
+    @property
+    def asks_of_prompt(self) -> bool:
+        """Whether what the layers make of the prompt is wanted itself, so that all of it must be read."""
+        return self.prompt_logprobs is not None or self.pooling is not None
 
 
 class TokenLogprobs(NamedTuple):
@@ -71,7 +80,7 @@ class TokenLogprobs(NamedTuple):
 class Event:
     """What came of one request in one step of the engine. `finish` is None while it goes on; `error` says in one line
     what went wrong with this request alone. `cached_tokens` of its prompt were found in the prefix cache, told with
-    its first event."""
+    its first event. `vector` float32 [D], of length 1, comes with the last event of a request with `pooling`."""
 
     request: int
     tokens: tuple[int, ...] = ()
@@ -80,6 +89,7 @@ class Event:
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
     cached_tokens: int = 0
     error: str | None = None
+    vector: np.ndarray | None = None
 
 
 class QueueFull(RuntimeError):

@@ -50,22 +50,23 @@ def stack(params: Params, cfg: ModelConfig) -> Params:
     return {name: leaf for name, leaf in params.items() if name != "blocks"} | {"layers": layers}
 
 
-def fuse_layer(p: Params) -> Params:
-    """One layer with q, k, v joined as `qkv` [D, (H + 2K) N] and gate, up as `gate_up` [D, 2F]."""
+def fuse_layer(p: Params, *, join: Callable[..., Any] = concat_outputs) -> Params:
+    """One layer with q, k, v joined as `qkv` [D, (H + 2K) N] and gate, up as `gate_up` [D, 2F]. join(weights, n_in=...)
+    is how, for leaves that are no JAX arrays."""
     p = dict(p)
     if "k" in p["attn"] and "queries" not in p["attn"]:
-        p["attn"] = _join(p["attn"], "qkv")
+        p["attn"] = _join(p["attn"], "qkv", join)
     if "gate" in p["ffn"] and "router" not in p["ffn"]:
-        p["ffn"] = _join(p["ffn"], "gate_up")
+        p["ffn"] = _join(p["ffn"], "gate_up", join)
     return p
 
 
-def _join(p: Params, fused: str) -> Params:
+def _join(p: Params, fused: str, join: Callable[..., Any]) -> Params:
     names = FUSED[fused]
-    joined = {fused: concat_outputs([p[name] for name in names])}
+    joined = {fused: join([p[name] for name in names], n_in=1)}
     biases = [f"{name}_b" for name in names]
     if biases[0] in p:
-        joined[f"{fused}_b"] = concat_outputs([p[name] for name in biases], n_in=0)
+        joined[f"{fused}_b"] = join([p[name] for name in biases], n_in=0)
     return {name: leaf for name, leaf in p.items() if name not in (*names, *biases)} | joined
 
 
@@ -78,15 +79,13 @@ def prepare(params: Params, cfg: ModelConfig, *, dtype: Any, whole: bool, on_cpu
     """
 
     def cast(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        return leaf if path_name(path).rpartition(".")[2] in ROUTING else leaf.astype(dtype)
+        return leaf if keeps_dtype(path) else leaf.astype(dtype)
 
     prepared = unstack(jax.tree_util.tree_map_with_path(cast, merge(params)), cfg)
     if whole:
         prepared = _with_layers(prepared, fuse_layer)
         if on_cpu:
-            prepared = _with_layers(prepared, _output_major)
-            if "lm_head" in prepared:
-                prepared["lm_head"] = OutputMajor.of(prepared["lm_head"], n_in=1)
+            prepared = head_output_major(_with_layers(prepared, output_major))
     return prepared
 
 
@@ -96,6 +95,17 @@ def _with_layers(params: Params, change: Callable[[Params], Params]) -> Params:
     return params | {"blocks": [change(p) for p in params["blocks"]]} | ({"mtp": modules} if modules else {})
 
 
+def keeps_dtype(path: tuple[Any, ...]) -> bool:
+    """Whether a leaf stays as it is stored, whatever the rest is computed in."""
+    return path_name(path).rpartition(".")[2] in ROUTING
+
+
+def head_output_major(params: Params) -> Params:
+    """The tree with its head, if it has one of its own, output-major."""
+    head = {name: OutputMajor.of(leaf, n_in=1) for name, leaf in params.items() if name == "lm_head"}
+    return params | head
+
+
 # Projections that only `weights.linear` reads, and their number of input dims.
 _PROJECTIONS = {
     "attn": {"q": 1, "k": 1, "v": 1, "qkv": 1, "o": 2},
@@ -103,7 +113,7 @@ _PROJECTIONS = {
 }
 
 
-def _output_major(p: Params) -> Params:
+def output_major(p: Params) -> Params:
     """One layer with its dense projections output-major; experts have kernels of their own."""
     p = dict(p)
     for part, names in _PROJECTIONS.items():

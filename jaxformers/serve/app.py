@@ -5,12 +5,10 @@ A POST answers a body of one kind; whatever goes wrong on the way is told in Ope
 
 from __future__ import annotations
 
-import base64
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
-import numpy as np
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -20,11 +18,12 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from jaxformers.serve.asking import check_ids, encode_prompts, encode_text, off_loop, render_messages
+from jaxformers.serve.asking import check_ids, encode_text, off_loop, render_messages
 from jaxformers.serve.chat import converse
 from jaxformers.serve.completions import complete
 from jaxformers.serve.driver import Driver
-from jaxformers.serve.errors import ApiError, failed, too_long, unavailable
+from jaxformers.serve.embeddings import embed
+from jaxformers.serve.errors import ApiError, failed, unavailable
 from jaxformers.serve.log import AccessLog
 from jaxformers.serve.metrics import Metrics
 from jaxformers.serve.protocol import (
@@ -58,21 +57,8 @@ class Server:
         return await converse(http, body, self.served, self.driver, seconds=seconds)
 
     async def embed(self, http: HttpRequest, body: EmbeddingBody) -> Response:
-        served = self.served
-        served.adapter(body.model)
-        if served.embed is None:
-            raise ApiError("this server makes no embeddings", status=404, code="model_not_found")
-        if self.driver.refusal:
-            raise unavailable(self.driver.refusal)
-        prompts = await off_loop(encode_prompts, served, body.input)
-        for prompt in prompts:
-            if len(prompt) > served.max_length:
-                raise too_long(prompt=len(prompt), wanted=0, max_length=served.max_length)
-        vectors = await off_loop(served.embed, prompts)
-        if body.dimensions not in (None, vectors.shape[1]):
-            message = f"dimensions is {body.dimensions}; this model's embeddings have {vectors.shape[1]}"
-            raise ApiError(message, param="dimensions")
-        return JSONResponse(_embeddings(vectors, prompts, body, served.name))
+        seconds = self.settings.limits.request_seconds
+        return await embed(http, body, self.served, self.driver, seconds=seconds)
 
     async def tokenize(self, http: HttpRequest, body: TokenizeBody) -> Response:
         self.served.adapter(body.model)
@@ -175,21 +161,6 @@ class Server:
             return await answer(http, body)
 
         return endpoint
-
-
-def _embeddings(vectors: np.ndarray, prompts: list[list[int]], body: EmbeddingBody, name: str) -> dict[str, Any]:
-    def spelled(vector: np.ndarray) -> Any:
-        if body.encoding_format == "base64":
-            return base64.b64encode(np.asarray(vector, "<f4").tobytes()).decode()
-        return vector.tolist()
-
-    read = sum(map(len, prompts))
-    return {
-        "object": "list",
-        "data": [{"object": "embedding", "index": i, "embedding": spelled(v)} for i, v in enumerate(vectors)],
-        "model": body.model or name,
-        "usage": {"prompt_tokens": read, "total_tokens": read},
-    }
 
 
 async def _api_error(http: HttpRequest, error: Exception) -> Response:

@@ -58,17 +58,26 @@ async def respond(
     if stream:
         return EventStream(call, answer, seconds)
     try:
+        if not await is_answered(http, call, answer, seconds=seconds):
+            return Response(status_code=CLIENT_LEFT)
+    finally:
+        http.state.summary = answer.summary()
+    return JSONResponse(answer.whole())
+
+
+async def is_answered(http: HttpRequest, call: Call, answer: Answer, *, seconds: float) -> bool:
+    """Waits until the answer is whole; False where the client has left before. ApiError where it will not be."""
+    try:
         async with while_connected(http.receive, call):
             async for _ in _chunks(call, answer, seconds):
                 pass
     except Closed as closed:
         if closed.error is None:
-            return Response(status_code=CLIENT_LEFT)
+            return False
         raise closed.error from None
     finally:
         call.close()
-        http.state.summary = answer.summary()
-    return JSONResponse(answer.whole())
+    return True
 
 
 @contextlib.asynccontextmanager

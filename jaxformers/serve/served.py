@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import numpy as np
-
 from jaxformers.data.tokenizer import Tokenizer
-from jaxformers.infer.request import Driven
+from jaxformers.infer.request import Driven, Pooling
 from jaxformers.serve.errors import ApiError
 from jaxformers.serve.metrics import Names
 
@@ -21,8 +19,8 @@ class Served:
     """A model behind an engine.
 
     name: what clients call it. max_length: tokens of a prompt and its continuation at most. family: whose format of
-    tool calls it writes. generation: its generation_config.json. embed: float32 [B, D] of B prompts, in a thread of its
-    own. version: of this software.
+    tool calls it writes. generation: its generation_config.json. pooling: how a text becomes one vector; None: it does
+    not. version: of this software.
     """
 
     name: str
@@ -32,7 +30,7 @@ class Served:
     vocab_size: int
     family: str = ""
     generation: Mapping[str, Any] = field(default_factory=dict)
-    embed: Callable[[Sequence[Sequence[int]]], np.ndarray] | None = None
+    pooling: Pooling | None = None
     version: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
 

@@ -342,7 +342,10 @@ def test_a_request_can_be_cancelled_at_any_moment(ready, when):
         (greedy([0.5]), "prompt must be token ids"),
         (greedy(["a"]), "prompt must be token ids"),
         (greedy([[5], [6]]), "prompt must be token ids"),
-        (greedy([5], new=0), "max_new_tokens is 0; it must be at least 1, or 0 where prompt_logprobs are wanted"),
+        (
+            greedy([5], new=0),
+            "max_new_tokens is 0; it must be at least 1, or 0 where prompt_logprobs or pooling are wanted",
+        ),
         (greedy([5], new=-1, prompt_logprobs=1), "max_new_tokens is -1"),
         (greedy([5], new=2.5), "max_new_tokens is 2.5; it must be an integer"),
         (greedy([5], new=4, min_new_tokens=5), "min_new_tokens is 5; it must be from 0 to max_new_tokens, 4"),

@@ -143,7 +143,9 @@ class Talker:
             finish = "length"
         self.new_tokens += len(tokens)
         told = None if request.logprobs is None else tuple(self._told(t, request.logprobs) for t in tokens)
-        event = Event(one.number, tuple(tokens), finish, told, self._of_prompt(one), 0 if one.told_prompt else 3)
+        vector = None if request.pooling is None else counts_of(request.prompt)
+        prompt, cached = self._of_prompt(one), 0 if one.told_prompt else 3
+        event = Event(one.number, tuple(tokens), finish, told, prompt, cached, vector=vector)
         if not one.told_prompt:
             self.prompt_tokens += len(request.prompt)
         one.told_prompt = True
@@ -183,10 +185,10 @@ class Talker:
         time.sleep(self.warming)
 
 
-def embed_by_counts(prompts) -> np.ndarray:
-    """How often each byte is in a prompt, of length 1."""
-    counts = np.array([np.bincount(prompt, minlength=300)[:300] for prompt in prompts], np.float32)
-    return counts / np.linalg.norm(counts, axis=1, keepdims=True)
+def counts_of(prompt) -> np.ndarray:
+    """How often each byte is in a prompt, as a vector of length 1."""
+    counts = np.bincount(prompt, minlength=300)[:300].astype(np.float32)
+    return counts / np.linalg.norm(counts)
 
 
 def served_by(engine: Talker, **fields) -> Served:
@@ -195,7 +197,7 @@ def served_by(engine: Talker, **fields) -> Served:
         "engine": engine,
         "max_length": engine.max_length,
         "vocab_size": engine.vocab_size,
-        "embed": embed_by_counts,
+        "pooling": "mean",
         "version": "1.2.3",
     }
     return Served(**values | fields)

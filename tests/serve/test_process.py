@@ -11,7 +11,6 @@ from pathlib import Path
 
 import httpx
 import jax
-import numpy as np
 import pytest
 from infer.foreseeing import DEEPSEEK
 from talker import Talker
@@ -22,10 +21,7 @@ from jaxformers import serving
 from jaxformers.api import Model, save_pretrained
 from jaxformers.data.tokenizer import byte_tokenizer
 from jaxformers.families import read_config
-from jaxformers.infer.embed import embed
 from jaxformers.infer.request import EngineConfig
-from jaxformers.models.decoder import hidden_states
-from jaxformers.models.layers import named_norm
 from jaxformers.parallel.mesh import single_device_mesh
 
 
@@ -100,21 +96,6 @@ def model():
     return Model(cfg, jax.device_put(random_params(cfg)), byte_tokenizer(), single_device_mesh())
 
 
-def test_embeddings_are_the_pooled_states_of_the_whole_model(model):
-    prompts = [list(b"hello there"), list(b"x")]
-    ours = {pooling: embed(serving.prepared(model), prompts, pooling=pooling) for pooling in ("mean", "last")}
-    whole = jax.jit(lambda params, tokens: hidden_states(params, model.config, tokens).x)
-    for row, prompt in enumerate(prompts):
-        hidden = whole(model.params, np.array([prompt], np.int32))
-        states = np.asarray(named_norm(model.params, "final_norm", hidden, model.config))[0]
-        for pooling, vector in (("mean", states.mean(axis=0)), ("last", states[-1])):
-            np.testing.assert_allclose(ours[pooling][row], vector / np.linalg.norm(vector), atol=1e-5)
-    with pytest.raises(ValueError, match="pooling is 'max'"):
-        embed(serving.prepared(model), prompts, pooling="max")
-    with pytest.raises(ValueError, match="has 65 tokens"):
-        embed(serving.prepared(model), [[1] * 65])
-
-
 @pytest.fixture
 def composed(monkeypatch):
     """What the verb would have served, by name, once it was called."""
@@ -143,7 +124,7 @@ def test_the_verb_loads_a_model_and_serves_it_under_its_own_name(model, tmp_path
     served = composed["served"]
     assert (served.name, served.max_length, served.vocab_size, served.family) == ("tiny-model", 48, 300, "llama")
     assert composed["options"].settings.access.keys == ("k",)
-    assert served.embed([[1, 2]]).shape == (1, 32)
+    assert served.pooling == "mean"
 
 
 @pytest.mark.parametrize("extra, modules", [((), 0), (("--speculate", "mtp"), 1)])

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from talker import Talker
 
 
 def completion(live, **body):
@@ -215,6 +216,23 @@ def test_embeddings_come_as_numbers_or_as_base64(live):
     np.testing.assert_array_equal(raw, vectors.astype(np.float32))
     assert answer["usage"] == {"prompt_tokens": 6, "total_tokens": 6}
     assert live.post("/v1/embeddings", {"input": "a", "dimensions": 3}).status_code == 400
+
+
+def test_more_texts_are_embedded_than_the_queue_holds(serve):
+    small = serve(Talker(queue_requests=64))
+    answer = small.post("/v1/embeddings", {"input": ["x"] * 200 + ["y"]}).json()
+    assert [row["index"] for row in answer["data"]] == [*range(201)]
+    assert answer["data"][0]["embedding"] == answer["data"][199]["embedding"] != answer["data"][200]["embedding"]
+
+
+def test_embeddings_are_the_adapters_that_is_asked_for(live):
+    live.post("/v1/embeddings", {"input": "a", "model": "tuned"})
+    assert live.engine.seen[-1].adapter == "tuned"
+
+
+def test_a_server_without_pooling_says_that_it_makes_no_embeddings(serve):
+    answer = serve(pooling=None).post("/v1/embeddings", {"input": "a"})
+    assert (answer.status_code, answer.json()["error"]["message"]) == (404, "this server makes no embeddings")
 
 
 def test_texts_become_ids_and_come_back(live):

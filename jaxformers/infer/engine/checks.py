@@ -11,7 +11,7 @@ import numpy as np
 from jaxformers.infer.engine.choosing import TOP
 from jaxformers.infer.engine.sizes import Sizes
 from jaxformers.infer.engine.state import KNOBS
-from jaxformers.infer.request import EngineConfig, Request
+from jaxformers.infer.request import POOLINGS, EngineConfig, Request
 from jaxformers.infer.sampling import SamplingParams
 from jaxformers.models.config import ModelConfig
 
@@ -41,8 +41,13 @@ def _check_budget(request: Request, config: EngineConfig, sizes: Sizes) -> None:
     for name in ("max_new_tokens", "min_new_tokens"):
         if not isinstance(getattr(request, name), Integral):
             raise ValueError(f"{name} is {getattr(request, name)!r}; it must be an integer")
-    if new < 0 or (new == 0 and request.prompt_logprobs is None):
-        raise ValueError(f"max_new_tokens is {new}; it must be at least 1, or 0 where prompt_logprobs are wanted")
+    if request.pooling is not None and request.pooling not in POOLINGS:
+        raise ValueError(f"pooling is {request.pooling!r}; it must be one of {', '.join(POOLINGS)}")
+    if request.pooling is not None and (new or request.prompt_logprobs is not None):
+        raise ValueError(f"max_new_tokens is {new}; with pooling it must be 0, and nothing else can be asked for")
+    if new < 0 or (new == 0 and not request.asks_of_prompt):
+        wanted = "prompt_logprobs or pooling are wanted"
+        raise ValueError(f"max_new_tokens is {new}; it must be at least 1, or 0 where {wanted}")
     if not 0 <= request.min_new_tokens <= new:
         raise ValueError(f"min_new_tokens is {request.min_new_tokens}; it must be from 0 to max_new_tokens, {new}")
     if length + new > sizes.max_length:
@@ -53,8 +58,10 @@ def _check_budget(request: Request, config: EngineConfig, sizes: Sizes) -> None:
 
 
 def pages_needed(request: Request, page_size: int) -> int:
-    """Pages that hold a request to its end: all its tokens but the last, which nothing is computed from."""
-    return -(-max(len(request.prompt) + request.max_new_tokens - 1, 1) // page_size)
+    """Pages that hold a request to its end: all its tokens but the last, which nothing is computed from unless its
+    state is wanted."""
+    last = request.pooling is None
+    return -(-max(len(request.prompt) + request.max_new_tokens - last, 1) // page_size)
 
 
 def _check_ids(what: str, ids: Sequence[int], vocab_size: int) -> None:

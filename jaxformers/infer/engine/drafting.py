@@ -10,7 +10,6 @@ B slots, C tokens of a piece of a prompt, k tokens guessed at a time
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -23,7 +22,7 @@ from jax.sharding import Mesh
 
 from jaxformers.infer.engine.choosing import choose
 from jaxformers.infer.engine.foresight import Foresight
-from jaxformers.infer.engine.placement import engine_runtime
+from jaxformers.infer.engine.placement import paged_runtime
 from jaxformers.infer.engine.programs import NO_TOKEN, after, piece_positions
 from jaxformers.infer.engine.running import Running, slots_of
 from jaxformers.infer.engine.sizes import Sizes
@@ -32,7 +31,7 @@ from jaxformers.infer.generate import Prepared
 from jaxformers.infer.request import EngineConfig
 from jaxformers.models.config import DynamicScaling, LongRopeScaling, ModelConfig
 from jaxformers.models.decoder import gather_shared, hidden_states, unembed
-from jaxformers.models.paged import Pool, attend_in_pages, init_pools
+from jaxformers.models.paged import Pool, init_pools
 from jaxformers.models.params import Params
 from jaxformers.models.runtime import Runtime
 from jaxformers.parallel.mesh import replicated
@@ -156,10 +155,9 @@ class DraftModel:
 
     def __init__(self, model: Prepared, config: EngineConfig, sizes: Sizes, mesh: Mesh):
         self._params, self._count = model.params, config.draft_tokens
-        runtime = dataclasses.replace(model.runtime, attend=attend_in_pages(sizes.block))
-        self._model: dict[str, Any] = {"cfg": model.config, "runtime": engine_runtime(runtime, model.config, mesh)}
+        self._model: dict[str, Any] = {"cfg": model.config, "runtime": paged_runtime(model, sizes, mesh)}
         counts = [sizes.pages] * model.config.num_layers
-        pools = init_pools(model.config, counts, config.page_size, dtype=runtime.dtype)
+        pools = init_pools(model.config, counts, config.page_size, dtype=model.runtime.dtype)
         self._pools = jax.device_put(pools, replicated(mesh))
 
     def read(
@@ -199,7 +197,7 @@ def read(
 ) -> Pools:
     """Reads tokens int32 [C] of a prompt into the draft model's cache, as `programs.prefill_chunk` does."""
     params = gather_shared(params, cfg, runtime)
-    positions = piece_positions(tokens, start, length)[None]
+    positions = piece_positions(tokens, start, length - 1)[None]
     state = _state(pools, table, None)
     cache, last = state.cache((table[slot][None],)), (length - 1)[None]
     hidden = hidden_states(params, cfg, tokens[None], positions=positions, cache=cache, last=last, runtime=runtime)

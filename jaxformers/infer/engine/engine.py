@@ -24,7 +24,7 @@ from jaxformers.infer.engine.checks import check_request, pages_needed
 from jaxformers.infer.engine.compilations import compilations
 from jaxformers.infer.engine.drafting import make_drafter
 from jaxformers.infer.engine.pages import Pages, piece_digests
-from jaxformers.infer.engine.placement import engine_runtime, mesh_of
+from jaxformers.infer.engine.placement import mesh_of, paged_runtime
 from jaxformers.infer.engine.queue import Queue, Waiting
 from jaxformers.infer.engine.recent import Held, Recent
 from jaxformers.infer.engine.running import Running, told
@@ -33,7 +33,6 @@ from jaxformers.infer.engine.state import init_state, new_row
 from jaxformers.infer.generate import Prepared, prepare_model
 from jaxformers.infer.request import EngineConfig, EngineStats, Event, Finish, Request
 from jaxformers.models.config import DynamicScaling, LongRopeScaling, ModelConfig
-from jaxformers.models.paged import attend_in_pages
 from jaxformers.models.params import Params
 from jaxformers.parallel.mesh import replicated
 
@@ -68,9 +67,7 @@ class Engine:
         self.config, self._cfg = config, model.config
         self._sizes = sizes = Sizes.of(config, model.config)
         self._mesh = mesh_of(model.params)
-        runtime = dataclasses.replace(model.runtime, attend=attend_in_pages(sizes.block))
-        runtime = engine_runtime(runtime, model.config, self._mesh)
-        self._model = {"cfg": model.config, "runtime": runtime}
+        self._model = {"cfg": model.config, "runtime": paged_runtime(model, sizes, self._mesh)}
         with jax.set_mesh(self._mesh):
             self._state = init_state(**self._model, sizes=sizes)
         self._adapters = Adapters(model, config, replicated(self._mesh))
@@ -199,9 +196,10 @@ class Engine:
         if self.recent is not None:
             self._state = programs.turn(self._state, slot, tables)
         self._state, x = programs.prefill_chunk(
-            self._params, self._state, slot, nothing, np.int32(0), np.int32(1), **self._model
+            self._params, self._state, slot, nothing, np.int32(0), np.int32(0), np.int32(0), **self._model
         )
         programs.score(self._params, x, nothing, **self._model)
+        programs.pool(self._params, x, np.zeros(piece, np.float32), **self._model)
         self._state = programs.start(self._state, slot, np.int32(0), np.int32(0))
         self._state = programs.allow(self._state, slot, np.ones(vocab_size, bool))
         if self._drafter is not None:
@@ -245,7 +243,7 @@ class Engine:
         there is no room."""
         request, piece = waiting.request, self.config.prefill_piece
         digests = self._digests(waiting)
-        shared = self._find(digests) if request.prompt_logprobs is None else []
+        shared = [] if request.asks_of_prompt else self._find(digests)
         needed = pages_needed(request, self.config.page_size)
         pages = self.pages.take(shared, needed - len(shared))
         if pages is None:
@@ -319,11 +317,14 @@ class Engine:
             return
         size, length = self.config.prefill_piece, len(run.request.prompt)
         tokens = run.piece(size + max(1, self._ahead))
-        self._move(run, run.read, min(run.read + size, length - 1))
+        self._move(run, run.read, min(run.read + size, run.end))
         position, slot = np.int32(run.read), np.int32(run.slot)
+        end, last = np.int32(run.end), np.int32(length - 1)
         self._state, x = programs.prefill_chunk(
-            self._params, self._state, slot, tokens[:size], position, np.int32(length), **self._model
+            self._params, self._state, slot, tokens[:size], position, end, last, **self._model
         )
+        if run.request.pooling is not None:
+            run.pooled += jax.device_get(programs.pool(self._params, x, run.pooling_weights(size), **self._model))
         if self._drafter is not None:
             self._drafter.read(self._state, slot, tokens[: size + self._ahead], position, np.int32(length), x)
         if run.request.prompt_logprobs is not None:
@@ -341,7 +342,7 @@ class Engine:
 
     def _adopt(self, run: Running) -> bool:
         """Whether others have read what a request would read next: its own pages for that go, and theirs come."""
-        if run.request.prompt_logprobs is not None:
+        if run.request.asks_of_prompt:
             return False
         known, have = self._find(run.digests), run.read // self.config.page_size
         if len(known) <= have:

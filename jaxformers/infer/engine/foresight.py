@@ -10,7 +10,6 @@ B slots, C tokens of a piece of a prompt, D model, M modules, k tokens guessed a
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxformers.infer.engine.choosing import choose
-from jaxformers.infer.engine.placement import engine_runtime
+from jaxformers.infer.engine.placement import paged_runtime
 from jaxformers.infer.engine.programs import NO_TOKEN, after, piece_positions
 from jaxformers.infer.engine.running import Running, slots_of
 from jaxformers.infer.engine.sizes import Sizes
@@ -34,7 +33,7 @@ from jaxformers.models.config import ModelConfig
 from jaxformers.models.decoder import embed, gather_shared, make_context, unembed
 from jaxformers.models.layers import named_norm, norm
 from jaxformers.models.mtp import run_module
-from jaxformers.models.paged import Paged, Pool, attend_in_pages, init_pools
+from jaxformers.models.paged import Paged, Pool, init_pools
 from jaxformers.models.params import Params, mtp_spec
 from jaxformers.models.runtime import Runtime
 
@@ -77,8 +76,7 @@ class Foresight:
         self.ahead = min(cfg.mtp_modules, config.draft_tokens)
         self._params = model.params | {"mtp": model.params["mtp"][: self.ahead]}
         self._count = config.draft_tokens
-        runtime = dataclasses.replace(model.runtime, attend=attend_in_pages(sizes.block))
-        self._model: dict[str, Any] = {"cfg": cfg, "runtime": engine_runtime(runtime, cfg, mesh)}
+        self._model: dict[str, Any] = {"cfg": cfg, "runtime": paged_runtime(model, sizes, mesh)}
         with jax.set_mesh(mesh):
             self._sight = init_sight(**self._model, sizes=sizes, modules=self.ahead, count=self._count)
 
@@ -136,10 +134,10 @@ def read(
     modules, size = _Modules.of(params, cfg, runtime), len(x)
     states, caches = modules.states(x[None]), sight.caches(table[slot][None])
     for m, cache in enumerate(caches):
-        positions = piece_positions(tokens[:size], start, length - m)  # as long as what it reads is of the prompt
+        positions = piece_positions(tokens[:size], start, length - 1 - m)  # as long as what it reads is of the prompt
         step = modules.run(m, states, tokens[None, m + 1 :][:, :size], positions[None], cache)
         caches[m], states = step.cache, step.states
-    count = (piece_positions(tokens[:size], start, length) >= 0).sum()
+    count = (piece_positions(tokens[:size], start, length - 1) >= 0).sum()
     hidden, behind = _last(sight.hidden[slot], x, count), _last(sight.tokens[slot], tokens[1 : size + 1], count)
     sight = sight.replace(
         hidden=sight.hidden.at[slot].set(hidden),

@@ -10,7 +10,10 @@ from dataclasses import replace
 
 from jax.sharding import Mesh, NamedSharding
 
+from jaxformers.infer.engine.sizes import Sizes
+from jaxformers.infer.generate import Prepared
 from jaxformers.models.config import ModelConfig
+from jaxformers.models.paged import attend_in_pages
 from jaxformers.models.params import Params
 from jaxformers.models.runtime import Runtime
 from jaxformers.parallel.experts import whole_token_experts
@@ -26,6 +29,11 @@ def mesh_of(params: Params) -> Mesh:
     if isinstance(placed, NamedSharding):
         return placed.mesh
     return make_mesh(devices=list(placed.device_set))
+
+
+def paged_runtime(model: Prepared, sizes: Sizes, mesh: Mesh) -> Runtime:
+    """How an engine of these sizes runs a model on this mesh. ValueError as `engine_runtime`."""
+    return engine_runtime(replace(model.runtime, attend=attend_in_pages(sizes.block)), model.config, mesh)
 
 
 @functools.cache

@@ -17,6 +17,7 @@ from jaxformers.infer.engine.state import IDLE, Rows, State
 from jaxformers.models.bank import Bank, put, with_rows
 from jaxformers.models.config import ModelConfig
 from jaxformers.models.decoder import gather_shared, hidden_states, unembed
+from jaxformers.models.layers import named_norm
 from jaxformers.models.paged import NOWHERE
 from jaxformers.models.params import Params
 from jaxformers.models.runtime import Runtime
@@ -58,19 +59,20 @@ def prefill_chunk(
     slot: jax.Array,
     tokens: jax.Array,
     start: jax.Array,
-    length: jax.Array,
+    end: jax.Array,
+    last: jax.Array,
     *,
     cfg: ModelConfig,
     runtime: Runtime,
 ) -> tuple[State, jax.Array]:
-    """Reads tokens int32 [C] of a prompt of `length` into the cache, those from position `start` on, and what the
-    layers made of them [C, D].
+    """Reads tokens int32 [C] of a prompt into the cache, those of positions from `start` to before `end`, and what the
+    layers made of them [C, D]. `last` is the position of the prompt's last token.
 
-    The prompt's last token is not read here: decoding begins with it, so that what follows a prompt is always computed
-    in one way.
+    A prompt to be continued is not read to its last token: decoding begins with it, so that what follows a prompt is
+    always computed in one way.
     """
     params = with_rows(gather_shared(params, cfg, runtime), state.rows.adapter[slot][None])
-    positions = piece_positions(tokens, start, length)
+    positions = piece_positions(tokens, start, end)
     tables = tuple(table[slot][None] for table in state.tables)
     hidden = hidden_states(
         params,
@@ -78,16 +80,16 @@ def prefill_chunk(
         tokens[None],
         positions=positions[None],
         cache=state.cache(tables),
-        last=(length - 1)[None],
+        last=last[None],
         runtime=runtime,
     )
     return state.with_cache(hidden.cache).placed(runtime.shard), runtime.shard(hidden.x[0], None, None)
 
 
-def piece_positions(tokens: jax.Array, start: jax.Array, length: jax.Array) -> jax.Array:
-    """int32 [C]: where the tokens of a piece that begins at `start` stand; -1 from a prompt's last one on."""
+def piece_positions(tokens: jax.Array, start: jax.Array, end: jax.Array) -> jax.Array:
+    """int32 [C]: where the tokens of a piece that begins at `start` stand; -1 from `end` on."""
     positions = start + jnp.arange(tokens.shape[0], dtype=jnp.int32)
-    return jnp.where(positions < length - 1, positions, -1)
+    return jnp.where(positions < end, positions, -1)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "runtime"))
@@ -95,6 +97,14 @@ def score(params: Params, x: jax.Array, tokens: jax.Array, *, cfg: ModelConfig, 
     """The log-probabilities of the tokens int32 [C] behind those that the layers made x [C, D] of."""
     logits = unembed(gather_shared(params, cfg, runtime), cfg, x, runtime)
     return Logprobs.of(runtime.shard(logits, None, None), tokens)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "runtime"))
+def pool(params: Params, x: jax.Array, weights: jax.Array, *, cfg: ModelConfig, runtime: Runtime) -> jax.Array:
+    """The sum float32 [D] of what the layers made x [C, D], after the final norm, times weights float32 [C]; rows of
+    weight 0 do not count, whatever is in them."""
+    states = named_norm(gather_shared(params, cfg, runtime), "final_norm", x, cfg).astype(jnp.float32)
+    return jnp.where(weights[:, None] != 0, states * weights[:, None], 0.0).sum(axis=0)
 
 
 @functools.partial(jax.jit, donate_argnames="state")

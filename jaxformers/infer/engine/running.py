@@ -30,6 +30,7 @@ class Running:
     started: bool = False
     made: int = 0
     scored: list[TokenLogprobs] = field(default_factory=list)
+    pooled: np.ndarray | float = 0.0
     _silent: bool = True
 
     @property
@@ -41,9 +42,21 @@ class Running:
         return self.waited.number
 
     @property
+    def end(self) -> int:
+        """The position up to which its prompt is read: before its last token, which decoding begins with, unless its
+        states are wanted."""
+        return len(self.request.prompt) - (self.request.pooling is None)
+
+    @property
     def is_read(self) -> bool:
-        """Whether all of its prompt is in the cache but the last token, which decoding begins with."""
-        return self.read >= len(self.request.prompt) - 1
+        """Whether all of its prompt is in the cache that is read into it."""
+        return self.read >= self.end
+
+    def pooling_weights(self, size: int) -> np.ndarray:
+        """float32 [size]: how much each token of the next piece counts in its vector."""
+        places, length = self.read + np.arange(size), len(self.request.prompt)
+        counts = places == length - 1 if self.request.pooling == "last" else (places < length) / length
+        return counts.astype(np.float32)
 
     @property
     def position(self) -> int:
@@ -80,7 +93,10 @@ class Running:
         if first and self.is_read and self.request.prompt_logprobs is not None:
             scored = (TokenLogprobs(self.request.prompt[0], None, ()), *self.scored)
         cached = self.cached if first else 0
-        return Event(self.number, tuple(tokens), finish, logprobs, scored, cached, error)
+        vector = None
+        if finish == "length" and self.request.pooling is not None:
+            vector = np.asarray(self.pooled / max(np.linalg.norm(self.pooled), 1e-12), np.float32)
+        return Event(self.number, tuple(tokens), finish, logprobs, scored, cached, error, vector)
 
 
 def slots_of(runs: Iterable[Running], count: int) -> np.ndarray:
