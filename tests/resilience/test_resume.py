@@ -205,6 +205,12 @@ def test_a_process_that_was_killed_goes_on_as_if_it_had_not(truth, case, tmp_pat
 
 
 @pytest.mark.slow
+def test_bases_that_moved_before_a_process_was_killed_and_move_after_it_are_the_same(truth, tmp_path, monkeypatch):
+    settings = Settings("first_fit", "even", 1, "ema", "soap", adapter=False)
+    goes_on(truth, Case(settings, every_steps=2, deaths=(3, 6)), tmp_path, die_by_kill, monkeypatch)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("case", drawn(5, seed=8, deaths=2, processes=2), ids=str)
 def test_two_processes_go_on_where_one_was_killed(truth, case, tmp_path, monkeypatch):
     goes_on(truth, case, tmp_path, die_by_kill, monkeypatch)

@@ -54,7 +54,7 @@ def test_what_does_not_fit_is_one_line(tmp_path, command):
         return command("train", path, "--dry-run").mistake
 
     assert mistake(name="lion", eps=1e-4).endswith(
-        "optimizer: lion does not read eps (here 0.0001); it is for adamw, muon"
+        "optimizer: lion does not read eps (here 0.0001); it is for adamw, ademamix, adopt, muon, soap"
     )
     assert "optimizer.groups.x: '*.wq' matches no parameter; there are model.embed_tokens.weight, " in mistake(
         groups={"x": {"match": "*.wq"}}
