@@ -39,15 +39,26 @@ class Side:
         return self.replace(factor=decay * self.factor + (1 - decay) * outer)
 
     def begun(self) -> Side:
-        return self.replace(basis=jnp.linalg.eigh(self.factor).eigenvectors)
+        return self.replace(basis=_decomposed(lambda a: jnp.linalg.eigh(a).eigenvectors, self.factor))
 
     def followed(self) -> tuple[Side, jax.Array]:
         """The basis after one power iteration, and the order [..., k] of the old one's columns that it is in: largest
         eigenvalue first, as each column of a QR decomposition yields to those before it."""
         image = self.factor @ self.basis
         order = jnp.argsort(-(self.basis * image).sum(axis=-2), axis=-1)
-        basis, _ = jnp.linalg.qr(jnp.take_along_axis(image, order[..., None, :], axis=-1))
-        return self.replace(basis=basis), order
+        ordered = jnp.take_along_axis(image, order[..., None, :], axis=-1)
+        return self.replace(basis=_decomposed(lambda a: jnp.linalg.qr(a).Q, ordered)), order
+
+
+def _decomposed(decompose: Callable[[jax.Array], jax.Array], a: jax.Array) -> jax.Array:
+    """A decomposition's matrices [..., k, k] of a."""
+
+    def one_by_one(a: jax.Array) -> jax.Array:
+        return jax.lax.map(decompose, a.reshape(-1, *a.shape[-2:])).reshape(a.shape)
+
+    # On CPU, a call with a batch waits for threads to take a share each. Where all of them are in such calls, of other
+    # parameters or of other devices, none is left to.
+    return jax.lax.platform_dependent(a, cpu=one_by_one, default=decompose)
 
 
 @flax.struct.dataclass
