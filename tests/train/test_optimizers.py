@@ -1,6 +1,8 @@
 """Every optimizer's first three updates against its paper's algorithm, written out in float64 for one matrix or vector
 at a time: what is stacked, split into heads or into experts here is taken apart first."""
 
+from typing import get_args
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +15,7 @@ from jaxformers.models.params import ParamSpec, linear_spec
 from jaxformers.train.config import GuardConfig
 from jaxformers.train.guard import guarded, new_guard
 from jaxformers.train.optim import decay_mask, make_optimizer
-from jaxformers.train.optimizer_config import OptimizerConfig
+from jaxformers.train.optimizer_config import OPTIMIZER_READS, OptimizerConfig
 
 LR, DECAY = 0.5, 0.3
 RATES = (LR, LR / 2, LR / 4)
@@ -250,6 +252,13 @@ def test_every_default_written_out_is_accepted_for_every_optimizer():
     for case in CASES:
         config = config_of(case)
         assert OptimizerConfig(**config.model_dump()) == config
+
+
+def test_every_optimizer_is_described_and_says_which_keys_it_reads():
+    field = OptimizerConfig.model_fields["name"]
+    names = get_args(field.annotation)
+    assert set(names) == set(OPTIMIZER_READS)
+    assert all(name in field.description.lower() for name in names)
 
 
 def test_adamw_keeps_the_state_that_optax_keeps_so_that_checkpoints_stay_readable():
