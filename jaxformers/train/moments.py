@@ -7,6 +7,7 @@ parameters do.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxformers.models.params import Params, ParamSpec
 from jaxformers.parallel.mesh import Rules, spec_of
+from jaxformers.train.matrices import column_dims, row_dims
 
 Names = tuple[str, ...]
 
@@ -49,12 +51,21 @@ def _names(path: Any) -> Names:
 
 
 def moment_sharding(shape: tuple[int, ...], spec: ParamSpec, mesh: Mesh, rules: Rules) -> NamedSharding:
-    """Where an array that belongs to a parameter lies: split as that one, along the dims that they share."""
+    """Where an array that belongs to a parameter lies: split as that one along the dims that they share, or as the side
+    of its matrices that is as long."""
     if len(shape) == len(spec.shape):
         axes = tuple(
             axis if ours == own else None for axis, ours, own in zip(spec.axes, shape, spec.shape, strict=True)
         )
     else:
         shared = spec.axes[: spec.num_batch]
-        axes = (*shared, *(None,) * (len(shape) - len(shared)))
+        axes = (*shared, *(_side_axis(size, spec) for size in shape[len(shared) :]))
     return NamedSharding(mesh, spec_of(axes, shape, mesh, rules))
+
+
+def _side_axis(size: int, spec: ParamSpec) -> str | None:
+    """The axis that the rows, or the columns, of a parameter's matrices are split along, where there are so many."""
+    for dims in (row_dims(spec), column_dims(spec)):
+        if dims and math.prod(spec.shape[d] for d in dims) == size:
+            return spec.axes[dims[0]]
+    return None

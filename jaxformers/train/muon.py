@@ -1,19 +1,16 @@
 """Muon: momentum made orthogonal, matrix by matrix (Keller Jordan, 2024; arXiv:2502.16982).
 
-Hidden matrices only: embeddings, the head, norms and biases follow AdamW. A matrix is what a checkpoint has for one:
-each layer's and each expert's own, attention's heads together.
+A matrix is what a checkpoint has for one: each layer's and each expert's own, attention's heads together.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxformers.models.params import Params, ParamSpec
-from jaxformers.train.matrices import as_matrices, is_hidden_matrix
+from jaxformers.train.matrices import as_matrices
 
 COEFFICIENTS = 3.4445, -4.7750, 2.0315  # a quintic that is steepest at zero
 ITERATIONS = 5
@@ -48,11 +45,3 @@ def scale_by_muon(spec: Params, *, momentum: float, nesterov: bool) -> optax.Gra
         return jax.tree.map(lambda s, u: u if isinstance(u, optax.MaskedNode) else direction(s, u), spec, updates)
 
     return optax.chain(optax.trace(momentum, nesterov=nesterov), optax.stateless(shape))
-
-
-def muon_with_adam(
-    spec: Params, *, momentum: float, nesterov: bool, adam: optax.GradientTransformation
-) -> optax.GradientTransformation:
-    """`scale_by_muon` for hidden matrices, `adam` for everything else."""
-    labels: Any = jax.tree.map(lambda s: "muon" if is_hidden_matrix(s) else "adam", spec)
-    return optax.partition({"muon": scale_by_muon(spec, momentum=momentum, nesterov=nesterov), "adam": adam}, labels)

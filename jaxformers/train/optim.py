@@ -1,4 +1,9 @@
-"""The optimizer: optax transformations and what of the parameters they touch."""
+"""The optimizer: optax transformations and what of the parameters they touch.
+
+An optimizer is here as what turns a gradient into a direction. So there is none that sets its own rate (Prodigy), whose
+trained parameters are not those to evaluate (schedule-free), or that wants more than a gradient (Sophia, the loss to
+differentiate twice): rates and decay of groups, clipping and averages would not mean what they say.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from optax.contrib import scale_by_adopt
 
 from jaxformers.models.config import ModelConfig
 from jaxformers.models.params import Params
 from jaxformers.train.adafactor import scale_by_factored_moment
+from jaxformers.train.ademamix import warmed_up_ademamix
 from jaxformers.train.eight_bit import in_eight_bits
 from jaxformers.train.groups import Share, leaf_settings
-from jaxformers.train.muon import muon_with_adam
+from jaxformers.train.matrices import is_hidden_matrix
+from jaxformers.train.muon import scale_by_muon
 from jaxformers.train.optimizer_config import OptimizerConfig
+from jaxformers.train.soap import scale_by_soap
 
 
 def decay_mask(spec: Params) -> Params:
@@ -36,9 +45,10 @@ def make_optimizer(
     m / (sqrt(v) + eps), with bias-corrected m and v.
 
     spec is the tree of `ParamSpec`s that the parameters follow. cfg, the run's steps and, of a pipeline, its slots
-    (see `groups.leaf_settings`) are for groups and layer-wise rates. ValueError for a group that fits no parameter.
+    (see `groups.leaf_settings`) are for groups and layer-wise rates; steps for ademamix, too. ValueError for a group
+    that fits no parameter.
     """
-    core = _direction(config, spec)
+    core = _direction(config, spec, steps)
     settings = leaf_settings(config, schedule, decay_mask(spec), cfg=cfg, steps=steps, slots=slots)
     return optax.chain(
         in_eight_bits(core, spec) if config.state == "int8" else core,
@@ -47,20 +57,37 @@ def make_optimizer(
     )
 
 
-def _direction(config: OptimizerConfig, spec: Params) -> optax.GradientTransformation:
-    adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
+def _direction(config: OptimizerConfig, spec: Params, steps: int | None) -> optax.GradientTransformation:
+    betas = {"b1": config.b1, "b2": config.b2}
+    adam = optax.scale_by_adam(**betas, eps=config.eps)
     match config.name:
         case "adamw":
             return adam
         case "adafactor":
             return scale_by_factored_moment(spec)
+        case "ademamix":
+            assert steps is not None
+            return warmed_up_ademamix(**betas, eps=config.eps, steps=steps)
+        case "adopt":
+            return scale_by_adopt(**betas, eps=config.eps)
         case "lion":
-            return optax.scale_by_lion(b1=config.b1, b2=config.b2)
+            return optax.scale_by_lion(**betas)
         case "sgd":
             momentum = config.decay_of_momentum
             return optax.trace(momentum, nesterov=config.is_nesterov) if momentum else optax.identity()
         case "muon":
-            return muon_with_adam(spec, momentum=config.decay_of_momentum, nesterov=config.is_nesterov, adam=adam)
+            muon = scale_by_muon(spec, momentum=config.decay_of_momentum, nesterov=config.is_nesterov)
+            return _for_hidden_matrices("muon", muon, spec, others=adam)
+        case "soap":
+            return _for_hidden_matrices("soap", scale_by_soap(spec, **betas, eps=config.eps), spec, others=adam)
+
+
+def _for_hidden_matrices(
+    name: str, tx: optax.GradientTransformation, spec: Params, *, others: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """`tx` for hidden matrices, `others`, called adam in checkpoints, for everything else."""
+    labels: Any = jax.tree.map(lambda s: name if is_hidden_matrix(s) else "adam", spec)
+    return optax.partition({name: tx, "adam": others}, labels)
 
 
 def _add_decay(decays: Params) -> optax.GradientTransformation:

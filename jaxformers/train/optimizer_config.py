@@ -71,17 +71,33 @@ class OptimizerConfig(BaseModel):
 
     model_config = STRICT
 
-    name: Literal["adamw", "adafactor", "lion", "sgd", "muon"] = Field(
+    name: Literal["adamw", "adafactor", "ademamix", "adopt", "lion", "sgd", "muon", "soap"] = Field(
         "adamw",
-        description="AdamW (arXiv:1711.05101), Adafactor (arXiv:1804.04235, by the given rate alone), Lion "
-        "(arXiv:2302.06675), SGD with momentum, or Muon (arXiv:2502.16982) of hidden matrices with AdamW of all else.",
+        description="AdamW (arXiv:1711.05101), Adafactor (arXiv:1804.04235, by the given rate alone), AdEMAMix "
+        "(arXiv:2409.03137), ADOPT (arXiv:2411.02853), Lion (arXiv:2302.06675), SGD with momentum, or of hidden "
+        "matrices, with AdamW of all else, Muon (arXiv:2502.16982) or SOAP (arXiv:2409.11321).",
     )
     learning_rate: float = Field(3e-4, gt=0, description="Peak learning rate.")
-    b1: float = Field(0.9, ge=0, lt=1, description="adamw, muon's adamw: decay of the first moment; lion: of the sign.")
-    b2: float = Field(
-        0.95, ge=0, lt=1, description="adamw, muon's adamw: decay of the second moment; lion: of the momentum."
+    b1: float = Field(
+        0.9,
+        ge=0,
+        lt=1,
+        description="Decay of the first moment (adamw, muon's adamw, soap, adopt; ademamix: of the fast one); lion: of "
+        "the sign.",
     )
-    eps: float = Field(1e-8, gt=0, description="adamw, muon's adamw: added to the root of the second moment.")
+    b2: float = Field(
+        0.95,
+        ge=0,
+        lt=1,
+        description="Decay of the second moment (adamw, muon's adamw, soap and its factors, adopt, ademamix); lion: of "
+        "the momentum.",
+    )
+    eps: float = Field(
+        1e-8,
+        gt=0,
+        description="Added to the root of the second moment (adamw, muon's adamw, soap, ademamix); adopt: the least "
+        "root.",
+    )
     momentum: float | None = Field(
         None, ge=0, lt=1, description="sgd, muon: decay of the momentum; null: 0.9 (sgd), 0.95 (muon)."
     )
@@ -137,9 +153,12 @@ class OptimizerConfig(BaseModel):
 OPTIMIZER_READS = {
     "adamw": ("b1", "b2", "eps", "state"),
     "adafactor": (),
+    "ademamix": ("b1", "b2", "eps"),  # in 8 bits, its slow mean would stand still
+    "adopt": ("b1", "b2", "eps", "state"),
     "lion": ("b1", "b2", "state"),
     "sgd": ("momentum", "nesterov", "state"),
     "muon": ("b1", "b2", "eps", "momentum", "nesterov", "state"),
+    "soap": ("b1", "b2", "eps"),  # in 8 bits, no basis is orthogonal
 }
 SCHEDULE_READS = {"cosine": ("cycles",), "polynomial": ("power",), "wsd": ("power",)}
 

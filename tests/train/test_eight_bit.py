@@ -79,7 +79,7 @@ def test_small_parameters_and_short_rows_stay_whole():
 
 
 SPEC = {"embed": ParamSpec((64, 256), ("vocab", "embed"), "normal", 256), "norm": ParamSpec((256,), (None,), "ones")}
-OPTIMIZERS = {"adamw": 2, "lion": 1, "sgd": 1, "muon": 2}
+OPTIMIZERS = {"adamw": 2, "adopt": 2, "lion": 1, "sgd": 1, "muon": 2}
 
 
 def descend(name: str, state: str, steps: int = 60):

@@ -5,11 +5,13 @@ import shutil
 
 import jax
 import numpy as np
+import pytest
 import yaml
 from tiny import LLAMA, assert_bit_equal, run_config
 from whole_runs import again, saved_state, steps_of
 
 import jaxformers as jf
+from jaxformers.train import soap
 
 SETTINGS = {
     # A layer's matrices are large enough for 8 bits.
@@ -28,22 +30,36 @@ SETTINGS = {
 }
 
 
-def test_a_run_with_all_of_it_learns_and_resumes_bit_equal(tmp_path):
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    config = run_config(tmp_path, **SETTINGS)
+def stopped_and_resumed(folder, settings):
+    """(the whole run's last state, its losses), after the same run stopped behind step 4 came to the same bits."""
+    whole, stopped = folder / "whole", folder / "stopped"
+    config = run_config(folder, **settings)
     result = jf.fit(again(config, whole))
-    losses = [loss for _, loss, *_ in steps_of(whole / "run")]
-    assert losses[-1] < losses[0] - 0.5
     shutil.copytree(whole / "run", stopped / "run")
     shutil.rmtree(stopped / "run" / "checkpoints" / "8")  # as after a stop behind step 4
     resumed = jf.fit(again(config, stopped))
     assert_bit_equal(jax.device_get(resumed.model.params), jax.device_get(result.model.params))
     (state, _), (truth, _) = saved_state(again(config, stopped)), saved_state(again(config, whole))
     assert_bit_equal(state, truth)
+    return truth, [loss for _, loss, *_ in steps_of(whole / "run")]
+
+
+def test_a_run_with_all_of_it_learns_and_resumes_bit_equal(tmp_path):
+    state, losses = stopped_and_resumed(tmp_path, SETTINGS)
+    assert losses[-1] < losses[0] - 0.5
     assert any(leaf.dtype in (np.int8, np.uint8) for leaf in jax.tree.leaves(state.opt_state))
-    average = jax.device_get(jf.load(whole / "run", ema=True).params)
-    assert_bit_equal(average, truth.ema)
-    assert np.abs(average["layers"][0][0]["ffn"]["up"] - truth.params["layers"][0][0]["ffn"]["up"]).max() > 0
+    average = jax.device_get(jf.load(tmp_path / "whole" / "run", ema=True).params)
+    assert_bit_equal(average, state.ema)
+    assert np.abs(average["layers"][0][0]["ffn"]["up"] - state.params["layers"][0][0]["ffn"]["up"]).max() > 0
+
+
+@pytest.mark.slow
+def test_bases_that_move_before_a_stop_and_after_it_resume_bit_equal(tmp_path, monkeypatch):
+    monkeypatch.setattr(soap, "EVERY", 3)
+    groups = {"first": {"match": "model.layers.0.*", "scale": 0.5}}
+    optimizer = {"name": "soap", "learning_rate": 1e-2, "groups": groups}
+    _, losses = stopped_and_resumed(tmp_path, SETTINGS | {"optimizer": optimizer})
+    assert losses[-1] < losses[0] - 0.5
 
 
 def test_what_does_not_fit_is_one_line(tmp_path, command):
@@ -54,7 +70,7 @@ def test_what_does_not_fit_is_one_line(tmp_path, command):
         return command("train", path, "--dry-run").mistake
 
     assert mistake(name="lion", eps=1e-4).endswith(
-        "optimizer: lion does not read eps (here 0.0001); it is for adamw, muon"
+        "optimizer: lion does not read eps (here 0.0001); it is for adamw, ademamix, adopt, muon, soap"
     )
     assert "optimizer.groups.x: '*.wq' matches no parameter; there are model.embed_tokens.weight, " in mistake(
         groups={"x": {"match": "*.wq"}}

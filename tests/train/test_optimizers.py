@@ -1,6 +1,8 @@
 """Every optimizer's first three updates against its paper's algorithm, written out in float64 for one matrix or vector
 at a time: what is stacked, split into heads or into experts here is taken apart first."""
 
+from typing import get_args
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,10 +15,11 @@ from jaxformers.models.params import ParamSpec, linear_spec
 from jaxformers.train.config import GuardConfig
 from jaxformers.train.guard import guarded, new_guard
 from jaxformers.train.optim import decay_mask, make_optimizer
-from jaxformers.train.optimizer_config import OptimizerConfig
+from jaxformers.train.optimizer_config import OPTIMIZER_READS, OptimizerConfig
 
 LR, DECAY = 0.5, 0.3
 RATES = (LR, LR / 2, LR / 4)
+STEPS = 10  # of the run that the updates are the first of
 SPEC = {
     "embed": ParamSpec((12, 8), ("vocab", "embed"), "normal", 8),
     "layers": [
@@ -49,6 +52,29 @@ def adam(g, m, t, b1=0.8, b2=0.9, eps=1e-6):
     m["m"] = b1 * m.get("m", 0) + (1 - b1) * g
     m["v"] = b2 * m.get("v", 0) + (1 - b2) * g**2
     return (m["m"] / (1 - b1**t)) / (np.sqrt(m["v"] / (1 - b2**t)) + eps)
+
+
+def adopt(g, m, t, b1=0.8, b2=0.9, eps=1e-6):
+    """arXiv:2411.02853, Algorithm 2 with clipping: the first gradient is only for the second moment, which is always
+    that of the gradients before."""
+    if t > 1:
+        share = g / np.maximum(np.sqrt(m["v"]), eps)
+        limit = (t - 1) ** 0.25
+        m["m"] = b1 * m["m"] + (1 - b1) * np.clip(share, -limit, limit)
+        m["v"] = b2 * m["v"] + (1 - b2) * g**2
+    else:
+        m["m"], m["v"] = np.zeros_like(g), g**2
+    return m["m"]
+
+
+def ademamix(g, m, t, b1=0.8, b2=0.9, eps=1e-6, b3=0.9999, alpha=5.0):
+    """arXiv:2409.03137, Algorithm 1, both warm-ups over all steps."""
+    done = t / STEPS
+    slow = np.exp(np.log(b1) * np.log(b3) / ((1 - done) * np.log(b3) + done * np.log(b1)))
+    m["slow"] = slow * m.get("slow", 0) + (1 - slow) * g
+    m["m"] = b1 * m.get("m", 0) + (1 - b1) * g
+    m["v"] = b2 * m.get("v", 0) + (1 - b2) * g**2
+    return (m["m"] / (1 - b1**t) + alpha * done * m["slow"]) / (np.sqrt(m["v"] / (1 - b2**t)) + eps)
 
 
 def lion(g, m, t, b1=0.8, b2=0.9):
@@ -97,6 +123,8 @@ def muon(g, m, t):
 BETAS = {"b1": 0.8, "b2": 0.9, "eps": 1e-6}
 CASES = {
     "adamw": (BETAS, adam, adam),
+    "adopt": (BETAS, adopt, adopt),
+    "ademamix": (BETAS, ademamix, ademamix),
     "lion": ({"b1": 0.8, "b2": 0.9}, lion, lion),
     "sgd": ({"momentum": 0.7}, sgd, sgd),
     "sgd, nesterov": ({"momentum": 0.7, "nesterov": True}, nesterov, nesterov),
@@ -126,7 +154,7 @@ def name_of(path) -> str:
 
 def updated(case: str, gradients: list, **more):
     """Parameters, and the optimizer's state, after each gradient."""
-    tx = make_optimizer(config_of(case, **more), schedule, SPEC)
+    tx = make_optimizer(config_of(case, **more), schedule, SPEC, steps=STEPS)
     params = jax.tree.map(jnp.asarray, draw(99))
     state, seen = tx.init(params), []
 
@@ -175,7 +203,7 @@ def test_three_updates_are_those_of_the_written_out_algorithm(case):
 def test_an_update_left_out_leaves_every_bit_of_an_optimizers_state(case):
     """As the step does it: `guarded` chooses between the state before and the one that a gradient of NaN made."""
     bad = jax.tree.map(lambda a: a * np.float32(np.nan), draw(1))
-    more = {} if case in ("adafactor", "sgd, plain") else {"state": "int8"}
+    more = {} if case in ("adafactor", "ademamix", "sgd, plain") else {"state": "int8"}
     for settings in ({}, more):
         good, poisoned = updated(case, [draw(0), bad], **settings)
         nan, guard = jnp.float32(jnp.nan), GuardConfig()
@@ -205,11 +233,12 @@ def test_adafactor_keeps_a_row_and_a_column_of_a_matrix():
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"name": "adafactor", "b1": 0.5}, "adafactor does not read b1 (here 0.5); it is for adamw, lion, muon"),
-        ({"name": "lion", "eps": 1e-6}, "lion does not read eps (here 1e-06); it is for adamw, muon"),
+        ({"name": "adafactor", "b1": 0.5}, "adafactor does not read b1 (here 0.5); it is for adamw, ademamix, adopt"),
+        ({"name": "lion", "eps": 1e-6}, "lion does not read eps (here 1e-06); it is for adamw, ademamix, adopt, mu"),
         ({"name": "adamw", "momentum": 0.5}, "adamw does not read momentum (here 0.5); it is for sgd, muon"),
         ({"name": "lion", "nesterov": False}, "lion does not read nesterov (here False); it is for sgd, muon"),
-        ({"name": "adafactor", "state": "int8"}, "adafactor does not read state (here int8); it is for adamw, lion"),
+        ({"name": "adafactor", "state": "int8"}, "adafactor does not read state (here int8); it is for adamw, adopt"),
+        ({"name": "ademamix", "state": "int8"}, "ademamix does not read state (here int8); it is for adamw, adopt"),
         ({"name": "sgd", "momentum": 0.0, "state": "int8"}, "state=int8 needs moments, which sgd without momentum has"),
     ],
 )
@@ -223,6 +252,13 @@ def test_every_default_written_out_is_accepted_for_every_optimizer():
     for case in CASES:
         config = config_of(case)
         assert OptimizerConfig(**config.model_dump()) == config
+
+
+def test_every_optimizer_is_described_and_says_which_keys_it_reads():
+    field = OptimizerConfig.model_fields["name"]
+    names = get_args(field.annotation)
+    assert set(names) == set(OPTIMIZER_READS)
+    assert all(name in field.description.lower() for name in names)
 
 
 def test_adamw_keeps_the_state_that_optax_keeps_so_that_checkpoints_stay_readable():
