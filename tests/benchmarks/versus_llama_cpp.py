@@ -8,7 +8,8 @@ own that keeps its model; every round gives all of them the same random prompts,
 prompts and new tokens together. llama.cpp decodes all sequences in one batch with its own defaults (a float16 cache,
 flash attention where it likes), greedily. The engine computes in float32: it has no weights in few bits, so that is
 what q8_0 is compared with too. The agreement is of greedy tokens with the engine's, up to where a row first differs:
-near 1 says that both did the same work (q8_0 and a float16 cache round otherwise).
+near 1 says that both did the same work (q8_0 and a float16 cache round otherwise). Other load makes llama.cpp's
+threads spin for each other: then only processor time with --threads 1 says something.
 """
 
 from __future__ import annotations
@@ -33,10 +34,11 @@ ENGINE = "engine, float32"
 
 @dataclass(frozen=True)
 class Answer:
-    """What an arm made of a batch of prompts: seconds in all, and until every row had its first token."""
+    """What an arm made of prompts: seconds in all, until every row had its first token, and of processor time."""
 
     seconds: float
     first: float
+    processor: float
     tokens: list[list[int]]
 
 
@@ -53,7 +55,7 @@ def engine_arm(path: str, batch: int, length: int) -> Arm:
     engine.warm_up()
 
     def answer(prompts: list[list[int]], new: int) -> Answer:
-        start, first = time.perf_counter(), None
+        start, start_cpu, first = time.perf_counter(), time.process_time(), None
         requests = [jf.Request(prompt=prompt, max_new_tokens=new, temperature=0.0) for prompt in prompts]
         made: dict[int, list[int]] = {engine.submit(request): [] for request in requests}
         while engine.has_work():
@@ -61,7 +63,7 @@ def engine_arm(path: str, batch: int, length: int) -> Arm:
                 made[event.request] += event.tokens
             if first is None and all(made.values()):
                 first = time.perf_counter() - start
-        return Answer(time.perf_counter() - start, first, list(made.values()))
+        return Answer(time.perf_counter() - start, first, time.process_time() - start_cpu, list(made.values()))
 
     return answer
 
@@ -90,14 +92,14 @@ class LlamaCpp:
         self._vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
 
     def __call__(self, prompts: list[list[int]], new: int) -> Answer:
-        start = time.perf_counter()
+        start, start_cpu = time.perf_counter(), time.process_time()
         self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
         made = [[token] for token in self._decode(prompts, 0)]
         first, position = time.perf_counter() - start, len(prompts[0])
         for step in range(new - 1):
             for row, token in zip(made, self._decode([row[-1:] for row in made], position + step), strict=True):
                 row.append(token)
-        return Answer(time.perf_counter() - start, first, made)
+        return Answer(time.perf_counter() - start, first, time.process_time() - start_cpu, made)
 
     def _decode(self, rows: list[list[int]], position: int) -> list[int]:
         """The likeliest token behind each sequence, after its next tokens, the first of which stands at `position`."""
@@ -182,14 +184,16 @@ def compare(arms: dict[str, Arm], sizes: dict[str, int], options: argparse.Names
 
     print(f"batch {batch}: {options.prompt} prompt tokens, {options.new_tokens} new ones, {options.rounds} rounds")
     for name in arms:
-        seconds = median(name, lambda answer: answer.seconds)
+        seconds, processor = median(name, lambda answer: answer.seconds), median(name, lambda answer: answer.processor)
         step = median(name, lambda answer: answer.seconds - answer.first) / (options.new_tokens - 1)
         ratio = seconds / median(ENGINE, lambda answer: answer.seconds)
+        processor_ratio = processor / median(ENGINE, lambda answer: answer.processor)
         same = statistics.mean(agreement(answers[ENGINE], answers[name]) for answers in rounds)
         print(
             f"  {name:18s} {batch * options.new_tokens / seconds:7.1f} tokens/s, "
             f"prompts read in {median(name, lambda answer: answer.first):6.3f} s, then {batch / step:7.1f} tokens/s "
-            f"(weights at {sizes[name] / step / 1e9:4.1f} GB/s); engine {ratio:.2f} x as fast, agreement {same:.2f}"
+            f"(weights at {sizes[name] / step / 1e9:4.1f} GB/s); engine {ratio:.2f} x as fast "
+            f"({processor_ratio:.2f} x by processor time), agreement {same:.2f}"
         )
 
 
