@@ -376,13 +376,14 @@ class Engine:
     # Tokens
 
     def _decode(self) -> list[Event]:
-        """A few tokens in every slot that has started; one where a constraint must be asked before the next."""
+        """A few tokens in every slot that has started; one where a constraint must be asked before the next, and while
+        most slots are still to be read: they cost as much as those that make tokens."""
         constrained = [run for run in self._running.values() if run.started and run.request.constraint is not None]
         events = [event for run in constrained for event in self._constrain(run)]
         started = [run for run in self._running.values() if run.started]
         if not started:
             return events
-        count = 1 if constrained else self._most
+        count = 1 if constrained or 2 * len(started) < len(self._running) else self._most
         for run in started:
             end = len(run.request.prompt) + run.request.max_new_tokens - 1
             self._move(run, run.position, min(run.position + count, end))
