@@ -15,7 +15,7 @@ from jaxformers.train.checkpoint import Checkpointer
 
 SHAPE = LLAMA | {"hidden_size": 64, "intermediate_size": 96}
 LORA = {"rank": 4, "targets": ["q_proj", "v_proj", "down_proj"], "ranks": {"layers.0.self_attn.q_proj": 2}}
-FSDP2_TP2 = {"mesh": {"dp": 2, "fsdp": 2, "tp": 2}, "runtime": {"layers": "scan", "remat": "dots"}}
+FSDP2_TP2 = {"mesh": {"dp": 2, "fsdp": 2, "tp": 2}, "runtime": {"layers": "scan"}}
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +32,12 @@ def config(folder, base, **sections):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, base):
-    """A run over unrolled layers, with dropout, a faster second matrix and a moving average."""
+    """A run over unrolled layers, parts of them recomputed, with dropout, a faster second matrix and a moving average."""
     folder = tmp_path_factory.mktemp("adapter")
     lora = LORA | {"dropout": 0.1, "b_rate_ratio": 4.0}
-    values = config(folder, base, lora=lora, train={"steps": 4, "ema_decay": 0.5}, runtime={"layers": "unroll"})
+    values = config(
+        folder, base, lora=lora, train={"steps": 4, "ema_decay": 0.5}, runtime={"layers": "unroll", "remat": "dots"}
+    )
     values["checkpoint"] = {"every_steps": 2}
     return values, jf.fit(values)
 
