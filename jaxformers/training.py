@@ -384,14 +384,19 @@ def _base(setup: Setup) -> Params | None:
     """What a state holds of the model that an adapter is trained on."""
     if setup.config.lora is None or setup.pretrained is None:
         return None
-    return setup.trainer.base(setup.pretrained.read_params(setup.mesh, dtype="float32"))
+    return setup.trainer.base(_pretrained_params(setup))
 
 
 def _new_state(setup: Setup) -> TrainState:
     if setup.pretrained is not None:
-        params = setup.pretrained.read_params(setup.mesh, dtype="float32")
-        return setup.trainer.from_params(params, setup.config.seed)
+        return setup.trainer.from_params(_pretrained_params(setup), setup.config.seed)
     return setup.trainer.init(setup.config.seed)
+
+
+def _pretrained_params(setup: Setup) -> Params:
+    """The pretrained model's, in float32 or already as an adapter's base keeps them: never all in float32 then."""
+    assert setup.pretrained is not None
+    return setup.pretrained.read_params(setup.mesh, dtype="float32", keep=setup.trainer.keep)
 
 
 def _print(line: str, console: Console) -> None:

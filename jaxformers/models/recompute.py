@@ -25,7 +25,7 @@ def recomputed_late(body: Callable[[Any, jax.Array, Any], Any]) -> Callable[[Any
 
     rest is not differentiated. All calls of one such function must differentiate the same leaves of params.
     """
-    late = jax.custom_vjp(lambda params, x, rest: body(params, x, rest))
+    late = jax.custom_vjp(body)
 
     def forward(params: Any, x: Any, rest: Any) -> tuple[Any, tuple[Any, Any]]:
         assert not any(leaf.perturbed for leaf in jax.tree.leaves(rest))

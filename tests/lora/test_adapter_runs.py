@@ -32,7 +32,7 @@ def config(folder, base, **sections):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, base):
-    """A run over unrolled layers, parts of them recomputed, with dropout, a faster second matrix and a moving average."""
+    """A run over unrolled layers, recomputed in part, with dropout, a faster second matrix and a moving average."""
     folder = tmp_path_factory.mktemp("adapter")
     lora = LORA | {"dropout": 0.1, "b_rate_ratio": 4.0}
     values = config(
