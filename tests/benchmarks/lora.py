@@ -4,9 +4,9 @@
     python tests/benchmarks/lora.py memory [--remat none]
 
 Llama shape: 12 layers, d_model 768, 12 heads, d_ff 2048, vocabulary 32000, tied: 110M parameters, as in
-configs/llama-110m.yaml. An adapter's step recomputes what `--remat` says, by default what the recipes of adapters have;
-the full step keeps everything unless `--full-remat` says more. speed: every round times each arm once; the ratio is of medians. memory: each arm in a process
-of its own, and what a state holds by how its base is kept.
+configs/llama-110m.yaml. An adapter's step recomputes what `--remat` says, by default as in the recipes of adapters; the
+full step what `--full-remat` says, by default nothing. speed: every round times each arm once; the ratio is of medians.
+memory: each arm in a process of its own, and what a state holds by how its base is kept.
 """
 
 from __future__ import annotations
