@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxformers.families.common import untied
-from jaxformers.hub.peft import PeftAdapter, attach, detach, fit_adapter, read_adapter, write_adapter
+from jaxformers.hub.peft import PeftAdapter, attach, detach, fit_adapter, merged_model, read_adapter, write_adapter
 from jaxformers.hub.resolve import resolve
 from jaxformers.models.adapters import Adapter, adapted_spec, combine, is_adapted, partition, trainable
 from jaxformers.models.config import ModelConfig
 from jaxformers.models.params import Params, model_spec
+from jaxformers.parallel.mesh import param_shardings
 from jaxformers.train.checkpoint import Checkpointer
 from jaxformers.train.config import LoRAConfig
 from jaxformers.train.lora import make_adapter
@@ -99,6 +101,13 @@ def adapter_params(ref: str | Path, config: ModelConfig) -> Params:
     if found.whole:
         raise ValueError(f"{ref} holds {next(iter(found.whole))} whole, which cannot be one of several; merge it")
     return attach(model_spec(config), config, found, where=ref)
+
+
+def merged_on(mesh: Mesh, params: Params, cfg: ModelConfig) -> tuple[Params, ModelConfig]:
+    """The model that a plain tree with adapters is as one, placed on the mesh, and its config."""
+    merged = untied(cfg) if cfg.tie_embeddings and is_adapted(params["embed"]) else cfg
+    places = param_shardings(model_spec(merged), mesh)
+    return jax.jit(lambda p: merged_model(p, cfg)[0], out_shardings=places)(params), merged
 
 
 def saved_adapter(run: Path, step: int, meta: Mapping[str, Any], cfg: ModelConfig) -> FoundAdapter:

@@ -7,7 +7,7 @@ imported where it is needed, as most references are neither.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ from jaxformers.hub.fingerprint import fingerprint
 from jaxformers.hub.fp8 import open_weights
 from jaxformers.hub.gguf import open_gguf
 from jaxformers.hub.gguf_models import gguf_config, gguf_generation, gguf_tensors
-from jaxformers.hub.layout import parts
+from jaxformers.hub.layout import LeafPath, parts
 from jaxformers.hub.mtp import choose_modules
 from jaxformers.hub.peft import fit_adapter, merged_model, read_adapter, stack_adapters
 from jaxformers.hub.pretrained import read_generation_config, write_pretrained
@@ -148,9 +148,18 @@ class FoundModel:
         own = {part.source.name for part in parts(without_mtp(self.config))}
         return fingerprint({name: tensor for name, tensor in self.tensors.items() if name in own} or self.tensors)
 
-    def read_params(self, mesh: Mesh, *, dtype: str | None = None, ema: bool = False) -> Params:
+    def read_params(
+        self,
+        mesh: Mesh,
+        *,
+        dtype: str | None = None,
+        ema: bool = False,
+        keep: Callable[[LeafPath, jax.Array], Any] | None = None,
+    ) -> Params:
         """The parameters (or their moving average), each tensor straight into its place on the mesh; dtype None keeps
-        them as stored."""
+        them as stored. keep: as for `import_params`, where the parameters come from a checkpoint of tensors; others are
+        read first, and kept then.
+        """
         if ema and not self.has_ema:
             raise ValueError(
                 f"{self.path} holds no moving average; a run keeps one with train.ema_decay or train.average"
@@ -159,10 +168,11 @@ class FoundModel:
         if self.base is not None:
             with jax.set_mesh(mesh):
                 adapted = self.read_adapted(mesh, dtype=dtype, ema=ema)
-                return jax.jit(lambda p: merged_model(p, self.base.config)[0], out_shardings=places)(adapted)
+                merged = jax.jit(lambda p: merged_model(p, self.base.config)[0], out_shardings=places)(adapted)
+                return merged if keep is None else jax.tree_util.tree_map_with_path(keep, merged)
         with jax.set_mesh(mesh):
             if self.tensors is not None:
-                return import_params(self.config, self.tensors, shardings=places, dtype=dtype)
+                return import_params(self.config, self.tensors, shardings=places, dtype=dtype, keep=keep)
             abstract = jax.tree.map(
                 lambda spec, place: jax.ShapeDtypeStruct(spec.shape, dtype or np.float32, sharding=place),
                 model_spec(self.config),
@@ -172,7 +182,8 @@ class FoundModel:
             from jaxformers.train.checkpoint import Checkpointer
 
             with Checkpointer(self.path) as checkpoints:
-                return checkpoints.restore_params(self.step, abstract, ema=ema)
+                restored = checkpoints.restore_params(self.step, abstract, ema=ema)
+            return restored if keep is None else jax.tree_util.tree_map_with_path(keep, restored)
 
     def read_decoding(self, mesh: Mesh, *, dtype: str | None = None, ema: bool = False) -> tuple[Params, str]:
         """The parameters in the layout that decoding runs from, and the dtype that it computes in; None as for `load`.

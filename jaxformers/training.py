@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from rich.console import Console
 
+from jaxformers.adapters import merged_on
 from jaxformers.api import TOKENIZER_FOLDER, FoundModel, Model, find_model
 from jaxformers.config import RunConfig, dump_yaml, load_config
 from jaxformers.data.chat_templates import with_chat_template
@@ -29,16 +30,14 @@ from jaxformers.data.tokenizer import Tokenizer, check_vocabulary
 from jaxformers.environment import give_cpu_devices_threads
 from jaxformers.families import read_config
 from jaxformers.families.catalog import is_published
-from jaxformers.families.common import untied, without_mtp
+from jaxformers.families.common import without_mtp
 from jaxformers.feeding import Feed, check_best, describe_corpus, fingerprint, make_feed, open_run_corpus
 from jaxformers.generation import generate
-from jaxformers.hub.peft import merged_model
 from jaxformers.hub.targets import frozen_entries
-from jaxformers.models.adapters import is_adapted
 from jaxformers.models.config import ModelConfig
-from jaxformers.models.params import Params, count_params, flops_per_token, model_spec
+from jaxformers.models.params import Params, count_params, flops_per_token
 from jaxformers.parallel.distributed import differing, is_first, wait_for_all
-from jaxformers.parallel.mesh import make_mesh, nearest_multiples, param_shardings
+from jaxformers.parallel.mesh import make_mesh, nearest_multiples
 from jaxformers.starting import Start, find_start
 from jaxformers.train.build import Trainer
 from jaxformers.train.checkpoint import Checkpointer
@@ -56,6 +55,8 @@ from jaxformers.train.retention import Metric
 from jaxformers.train.state import TrainState
 from jaxformers.train.trackers import check_trackers, open_trackers
 from jaxformers.train.watchdog import Watchdog
+
+WEIGHTLESS = "a run needs the weights that lora trains an adapter of: a hub id, a directory, a .gguf file or a run"
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,6 @@ def prepare_run(config: RunConfig) -> Setup:
         cfg = pretrained.config if pretrained.config.mtp_modules else without_mtp(pretrained.config)
     else:
         cfg = read_config(config.model)
-    if config.lora is not None and pretrained is None:
-        raise ValueError("lora trains an adapter of a model with weights; name one under the key 'model'")
     _check_config(config, cfg)
     trainer = trainer_of(config, cfg, mesh)
     trainer.check()
@@ -188,7 +187,8 @@ def _trained(setup: Setup, state: TrainState) -> dict[str, str]:
         return {}
     count = sum(math.prod(a.shape) for a in jax.tree.leaves(state.params))
     kept = "" if setup.config.lora is None else f" in {setup.config.lora.base}"
-    return {"trained": f"{count:,} parameters over {_bytes_per_device(state.frozen) / 2**30:.2f} GiB{kept} a device"}
+    trained = f"{count:,} parameters over {_bytes_per_device(state.frozen) / 2**30:.2f} GiB{kept} a device"
+    return {"trained": trained if setup.config.lora is None or setup.pretrained else f"{trained}; {WEIGHTLESS}"}
 
 
 def _bytes_per_device(tree: Any) -> int:
@@ -211,6 +211,8 @@ def fit(
     started = time.perf_counter()
     console = console or Console(stderr=True, quiet=not is_first())
     setup = prepare_run(config)
+    if config.lora is not None and setup.pretrained is None:
+        raise ValueError(f"model: {WEIGHTLESS}")
     _check_same_everywhere(config.model_dump_json(), "config", done="read its config")
     run_dir = Path(config.run_dir).expanduser()
     with ExitStack() as stack:
@@ -246,7 +248,7 @@ def fit(
         result = _run(setup, state, feed, checkpoints, meta, run_dir, started, console, evaluate_first)
     params, cfg = result.state.params, setup.cfg
     if config.lora is not None:
-        params, cfg = _merged(setup, params, result.frozen)
+        params, cfg = merged_on(setup.mesh, setup.trainer.whole(params, result.frozen), cfg)
     model = Model(cfg, params, tokenizer, setup.mesh, config.runtime.dtype, meta["generation"])
     samples = tuple(_samples(model, config)) if result.stopped is None else ()
     if samples and is_first():
@@ -263,14 +265,6 @@ def _check_base(start: Start, meta: Mapping[str, Any]) -> None:
             f"{start.checkpoints.folder} holds an adapter of another base: {before['ref']} had the fingerprint "
             f"{before['fingerprint']}, {now['ref']} has {now['fingerprint']}; {start.remedy}"
         )
-
-
-def _merged(setup: Setup, trained: Params, base: Params) -> tuple[Params, ModelConfig]:
-    """The model that an adapter and its base are, placed on the mesh."""
-    whole = setup.trainer.whole(trained, base)
-    cfg = untied(setup.cfg) if setup.cfg.tie_embeddings and is_adapted(whole["embed"]) else setup.cfg
-    places = param_shardings(model_spec(cfg), setup.mesh)
-    return jax.jit(lambda p: merged_model(p, setup.cfg)[0], out_shardings=places)(whole), cfg
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -386,14 +380,18 @@ def _base(setup: Setup) -> Params | None:
     """What a state holds of the model that an adapter is trained on."""
     if setup.config.lora is None or setup.pretrained is None:
         return None
-    return setup.trainer.base(setup.pretrained.read_params(setup.mesh, dtype="float32"))
+    return setup.trainer.base(_read(setup.pretrained, setup))
 
 
 def _new_state(setup: Setup) -> TrainState:
     if setup.pretrained is not None:
-        params = setup.pretrained.read_params(setup.mesh, dtype="float32")
-        return setup.trainer.from_params(params, setup.config.seed)
+        return setup.trainer.from_params(_read(setup.pretrained, setup), setup.config.seed)
     return setup.trainer.init(setup.config.seed)
+
+
+def _read(model: FoundModel, setup: Setup) -> Params:
+    """A model's parameters in float32, or as an adapter's base keeps them, and then never all in float32."""
+    return model.read_params(setup.mesh, dtype="float32", keep=setup.trainer.keep)
 
 
 def _print(line: str, console: Console) -> None:

@@ -12,7 +12,11 @@ from wheels import unpacked_wheel
 
 import jaxformers as jf
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    # `peft` reads a property that transformers will rename.
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*"),
+]
 CONFIG = Path(__file__).parent.parent / "configs" / "smollm2-lora.yaml"
 ASKED = "A farmer has 3 fields of 12 trees. How many trees are there?"
 
@@ -83,6 +87,7 @@ def test_what_was_held_out_is_clearly_likelier_after_a_few_steps(run):
     lines = map(json.loads, (run.run_dir / "metrics.jsonl").read_text().splitlines())
     losses = {line["step"]: line["validation_loss"] for line in lines if "validation_loss" in line}
     assert losses.keys() == {0, 4}
+    print(f"held-out loss by step: {losses}")
     assert losses[4] < losses[0] - 0.3
 
 

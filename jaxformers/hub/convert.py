@@ -27,23 +27,31 @@ FLOATS = (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)
 
 
 def import_params(
-    cfg: ModelConfig, tensors: Mapping[str, ArrayLike], *, shardings: Any = None, dtype: Any = None
+    cfg: ModelConfig,
+    tensors: Mapping[str, ArrayLike],
+    *,
+    shardings: Any = None,
+    dtype: Any = None,
+    keep: Callable[[LeafPath, jax.Array], Any] | None = None,
 ) -> Params:
     """The parameters that a checkpoint holds.
 
     tensors: whole arrays by name, memory-mapped or made when their turn comes. shardings: a tree like the parameters,
     or one sharding, or None for the default device. dtype: of every parameter; None keeps what each tensor has.
+    keep(path, leaf): what takes the place of each leaf, made before the next one is read.
 
     ValueError lists every missing, unplaced and misshapen tensor, and refuses tensors that are not floating point.
     """
     tensors, by_leaf = planned(cfg, tensors)
     specs, tree = jax.tree_util.tree_flatten_with_path(model_spec(cfg))
     places = _per_leaf(shardings, len(specs))
-    leaves = [
-        jax.make_array_from_callback(spec.shape, place, _reader(by_leaf[path], spec.shape, tensors, dtype))
-        for (path, spec), place in zip(specs, places, strict=True)
-    ]
-    return jax.tree.unflatten(tree, leaves)
+
+    def leaf(path: LeafPath, spec: ParamSpec, place: jax.sharding.Sharding) -> Any:
+        read = _reader(by_leaf[path], spec.shape, tensors, dtype)
+        array = jax.make_array_from_callback(spec.shape, place, read)
+        return array if keep is None else jax.block_until_ready(keep(path, array))
+
+    return jax.tree.unflatten(tree, [leaf(*spec, place) for spec, place in zip(specs, places, strict=True)])
 
 
 def import_deferred(cfg: ModelConfig, tensors: Mapping[str, ArrayLike], *, dtype: Any = None) -> Params:

@@ -133,22 +133,32 @@ def add_adapter(params: Params, cfg: ModelConfig, adapter: Adapter, key: jax.Arr
     """The plain tree with new adapters, which do nothing yet.
 
     As in `peft`, a linear layer's first matrix is uniform within 1 / sqrt(inputs) and its second one zero; a table's
-    first is zero and its second normal.
+    first is zero and its second normal. Weights may be as `keep_weight` makes them already.
     """
     specs = adapted_spec(cfg, adapter)
 
     def make(path: Any, spec: Any, w: jax.Array) -> Any:
-        base = spec.base if is_adapted(spec) else spec
-        if isinstance(base, ParamSpec):
-            kept = w.astype(base.dtype)
-        else:
-            kept = quantize(w, base.scheme, n_in=len(base.ins), num_batch=len(base.codes.shape) - 3)
+        w = keep_weight(w, base_spec(spec))
         if not is_adapted(spec):
-            return kept
+            return w
         name = path_name(path)
-        return _start(spec, kept, adapter.leaves[name], jax.random.fold_in(key, zlib.crc32(name.encode())))
+        return _start(spec, w, adapter.leaves[name], jax.random.fold_in(key, zlib.crc32(name.encode())))
 
     return jax.tree_util.tree_map_with_path(make, specs, params, is_leaf=lambda s: isinstance(s, (LoRA, Quantized)))
+
+
+def base_spec(spec: Any) -> Any:
+    """The specs of a weight without its adapter, from those of `adapted_spec`."""
+    return spec.base if is_adapted(spec) else spec
+
+
+def keep_weight(w: Any, spec: Any) -> Any:
+    """A weight as a frozen base keeps it, from the specs of that; one that is so already stays."""
+    if isinstance(w, Quantized):
+        return w
+    if isinstance(spec, ParamSpec):
+        return w.astype(spec.dtype)
+    return quantize(w, spec.scheme, n_in=len(spec.ins), num_batch=len(spec.codes.shape) - 3)
 
 
 def _start(spec: LoRA, base: Any, found: LeafRanks, key: jax.Array) -> LoRA:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +45,17 @@ class Context:
     def read(self, buffer: jax.Array) -> jax.Array:
         """The part of a cache buffer [B, S, ...] that this call may look at."""
         return buffer if self.read_slots is None else buffer[:, : self.read_slots]
+
+    @property
+    def arrays(self) -> Any:
+        """All arrays it holds, as a pytree."""
+        return self.positions, self.segment_ids, list(self.rotations.values())
+
+    def with_arrays(self, arrays: Any) -> Context:
+        """The same over other arrays, in a pytree of that form."""
+        positions, segment_ids, turns = arrays
+        rotations = dict(zip(self.rotations, turns, strict=True))
+        return replace(self, positions=positions, segment_ids=segment_ids, rotations=rotations)
 
     def save(self, x: jax.Array, name: str) -> jax.Array:
         """x, marked so that a rematerialization policy may keep it by name."""

@@ -22,6 +22,7 @@ from jaxformers.models.layers import named_norm, softcap
 from jaxformers.models.layout import unstack
 from jaxformers.models.observe import LayerStats, Seen, Watch, concat_stats, join_stats
 from jaxformers.models.params import Params, layer_spec, model_spec
+from jaxformers.models.recompute import recomputed_late
 from jaxformers.models.rope import rotations
 from jaxformers.models.routing import MoEStats, each_layer
 from jaxformers.models.runtime import Runtime
@@ -186,16 +187,24 @@ def _run_blocks(
     found: list[LayerStats] = []
     new_cache: Cache = []
 
+    late = runtime.remat != "none" and not runtime.offload and jax.default_backend() == "cpu"
+
     @functools.cache  # equal layers are traced and lowered once: half of the time to load thirty of them
-    def layer_of(kind: LayerKind) -> Callable[..., Any]:
-        def body(p: Params, x: jax.Array, entry: LayerCache | None) -> Any:
+    def layer_of(kind: LayerKind, stack: int) -> Callable[..., Any]:
+        """Layers of this kind in that stack: what is trained of them is the same."""
+
+        def body(p: Params, x: jax.Array, rest: tuple[LayerCache | None, Any]) -> Any:
+            entry, arrays = rest
             p, x = runtime.gather(p, layer_spec(cfg, kind)), ctx.save(x, "input")
-            return block(p, x, ctx, cfg, kind, entry)
+            return block(p, x, ctx.with_arrays(arrays), cfg, kind, entry)
 
-        return jax.jit(runtime.rematerialize(body))
+        layer = runtime.rematerialize(body)
+        return jax.jit(recomputed_late(layer) if late else layer)
 
+    stacks = [k for k, stack in enumerate(plan_stacks(cfg.layers)) for _ in stack.pattern * stack.repeats]
     for i, (kind, p) in enumerate(zip(cfg.layers, blocks, strict=True)):
-        x, entry, stats = layer_of(kind)(p, x, None if cache is None else cache[i])
+        entry = None if cache is None else cache[i]
+        x, entry, stats = layer_of(kind, stacks[i])(p, x, (entry, ctx.arrays))
         found.append(stats)
         if entry is not None:
             new_cache.append(entry)

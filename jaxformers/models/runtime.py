@@ -35,7 +35,7 @@ class Runtime:
 
     dtype: of activations and of weights at use. remat: what the backward pass recomputes: nothing, all of a layer, all
     but its matmuls, or all but its projections. layers: one scanned body for equal layers (compiles fast at any
-    depth), or every layer unrolled (runs faster on CPU and in decoding; XLA:CPU then recomputes without saving memory).
+    depth), or every layer unrolled (runs faster on CPU and in decoding).
     offload: what the backward pass finds of a layer waits for it in the host's memory.
     run_stack(stage, layers, x, rows), if given, runs the longest stack; run_loss, that stack and all behind it (see
     `parallel.pipeline`). shard(x, *axes) places an activation; gather(params, spec) brings weights together for use;

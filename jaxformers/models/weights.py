@@ -153,11 +153,33 @@ def linear(
 
     `n_in` counts the input dims. XLA:CPU multiplies bfloat16 twice as fast when the output is float32.
     """
-    y = checkpoint_name(_product(x, w, n_in).astype(out_dtype or x.dtype), "matmul")
+    dtype = out_dtype or x.dtype
+    y = _adapted(x, w, n_in, dtype) if isinstance(w, LoRA) else _kept(_product(x, w, n_in), dtype)
     return y if bias is None else y + bias.astype(y.dtype)
 
 
-def _product(x: jax.Array, w: Weight, n_in: int) -> jax.Array:
+def _kept(y: jax.Array, dtype: Any) -> jax.Array:
+    """y in that dtype, marked as a matmul's output for rematerialization policies."""
+    return checkpoint_name(y.astype(dtype), "matmul")
+
+
+def _adapted(x: jax.Array, w: LoRA, n_in: int, dtype: Any) -> jax.Array:
+    """`linear` with an adapter beside the weight, each product in that dtype before they are added, as `peft` does.
+
+    What a policy keeps is the base's product and the adapter's few numbers: XLA:CPU would keep both products in place
+    of their sum, while the second one is made again in no time.
+    """
+    low = _kept(_matmul(n_in, _dropped(x, w), w.a) * w.scale, x.dtype)
+    y = _kept(_product(x, w.base, n_in), dtype) + _matmul(1, low, w.b).astype(dtype)
+    if w.magnitude is None:
+        return y
+    # The length counts as a constant in the gradient, which costs little quality and much less memory (section 4.3 of
+    # the paper).
+    factor = w.magnitude / lax.stop_gradient(w.lengths())
+    return (y.astype(jnp.float32) * factor).astype(dtype)
+
+
+def _product(x: jax.Array, w: jax.Array | OutputMajor | Quantized | LoRABank, n_in: int) -> jax.Array:
     """x [..., *in] times w [*in, *out] -> float32 [..., *out]."""
     if isinstance(w, OutputMajor):
         rows = x.shape[: x.ndim - n_in]
@@ -167,12 +189,7 @@ def _product(x: jax.Array, w: Weight, n_in: int) -> jax.Array:
     if isinstance(w, LoRABank):
         y = _product(x, w.base, n_in)
         return y + w.added(x, n_in).reshape(y.shape)
-    if not isinstance(w, LoRA):
-        return _matmul(n_in, x, w)
-    low = _matmul(n_in, _dropped(x, w), w.a) * w.scale
-    y = _product(x, w.base, n_in) + _matmul(1, low.astype(x.dtype), w.b)
-    # The length counts as a constant in the gradient, which costs little quality and much less memory (section 4.3).
-    return y if w.magnitude is None else y * (w.magnitude / lax.stop_gradient(w.lengths()))
+    return _matmul(n_in, x, w)
 
 
 def _dropped(x: jax.Array, w: LoRA) -> jax.Array:

@@ -20,7 +20,9 @@ from jaxformers.models.adapters import (
     Adapter,
     adapted_spec,
     add_adapter,
+    base_spec,
     combine,
+    keep_weight,
     partition,
     trainable,
     with_keys,
@@ -28,7 +30,9 @@ from jaxformers.models.adapters import (
 from jaxformers.models.config import ModelConfig
 from jaxformers.models.layout import stack, unstack, unstack_spec
 from jaxformers.models.params import Params, ParamSpec, flops_per_token, init_params, model_spec, path_name
+from jaxformers.models.quantized import Quantized
 from jaxformers.models.runtime import HOST_MEMORY, Runtime
+from jaxformers.models.weights import LoRA
 from jaxformers.parallel.context import column_order, make_attend
 from jaxformers.parallel.distributed import together
 from jaxformers.parallel.hardware import peak_flops
@@ -300,6 +304,23 @@ class Trainer:
         if self.adapter is None:
             return params
         return add_adapter(params, self.cfg, self.adapter, jax.random.fold_in(key, 1))
+
+    @property
+    def keep(self) -> Callable[[Any, jax.Array], Any] | None:
+        """What turns one float32 parameter, given with its path in the plain tree, into what an adapter's base keeps of
+        it, in its place; None where that is itself. `from_params` and `base` take trees of either."""
+        if self.adapter is None or self.adapter.base is None:
+            return None
+        specs = jax.tree.map(base_spec, self._plain_spec, is_leaf=lambda s: isinstance(s, (LoRA, Quantized)))
+        at = dict(jax.tree_util.tree_flatten_with_path(specs, is_leaf=lambda s: isinstance(s, Quantized))[0])
+
+        def keep(path: Any, w: jax.Array) -> Any:
+            spec = at[path]
+            if isinstance(spec, ParamSpec) and spec.dtype == w.dtype:
+                return w
+            return jax.jit(partial(keep_weight, spec=spec), out_shardings=param_shardings(spec, self.mesh))(w)
+
+        return keep
 
     def base(self, params: Params) -> Params:
         """What a state holds of the model that an adapter is trained on, given as the plain tree, which is used up."""

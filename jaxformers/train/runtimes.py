@@ -18,19 +18,17 @@ UNROLLED_LAYERS = 32  # deeper models compile too long when every layer is its o
 def make_runtime(config: RuntimeConfig, cfg: ModelConfig, mesh: Mesh, *, pipeline: Pipeline | None = None) -> Runtime:
     """The runtime of a training step on this mesh, with attention over whole rows.
 
-    On CPU, `auto` unrolls layers, as scanned weights are copied every step, unless memory is to be saved by
-    recomputation: XLA:CPU keeps everything of an unrolled model alive, and so that pair is refused. Layers of a
-    pipeline are always scanned, as each stage runs its own part of one array.
+    On CPU, `auto` unrolls layers, as scanned weights are copied every step, also with remat=dots; what recomputes more
+    wants the least memory, which scanned layers take. Layers of a pipeline are always scanned, as each stage runs its
+    own part of one array.
     """
     on_cpu, layers = mesh.devices.flat[0].platform == "cpu", config.layers
-    if on_cpu and layers == "unroll" and config.remat != "none":
-        raise ValueError(f"runtime: remat={config.remat} saves no memory with layers=unroll on CPU; use layers=scan")
     if pipeline is not None:
         if layers == "unroll":
             raise ValueError(f"runtime.layers=unroll does not go with mesh.pp={pipeline.stages}; use scan or auto")
         layers = "scan"
     if layers == "auto":
-        unrolls = on_cpu and config.remat == "none" and cfg.num_layers <= UNROLLED_LAYERS
+        unrolls = on_cpu and config.remat in ("none", "dots") and cfg.num_layers <= UNROLLED_LAYERS
         layers = "unroll" if unrolls else "scan"
     experts = mesh_experts(mesh, cfg, dispatch=config.experts, capacity_factor=config.capacity_factor)
     return Runtime(

@@ -1,11 +1,12 @@
 """What an adapter saves: tokens per second and memory of a LoRA step, a full step and `peft` on torch, turn by turn.
 
     python tests/benchmarks/lora.py speed [--dtype bfloat16] [--rounds 5] [--targets q_proj,v_proj]
-    python tests/benchmarks/lora.py memory [--remat dots]
+    python tests/benchmarks/lora.py memory [--remat none]
 
 Llama shape: 12 layers, d_model 768, 12 heads, d_ff 2048, vocabulary 32000, tied: 110M parameters, as in
-configs/llama-110m.yaml. speed: every round times each arm once; the ratio is of medians. memory: each arm in a process
-of its own, and what a state holds by how its base is kept.
+configs/llama-110m.yaml. An adapter's step recomputes what `--remat` says, by default as in the recipes of adapters; the
+full step what `--full-remat` says, by default nothing. speed: every round times each arm once; the ratio is of medians.
+memory: each arm in a process of its own, and what a state holds by how its base is kept.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def make_trainer(kind: str, options: argparse.Namespace):
         single_device_mesh(),
         LENGTH,
         train=TrainConfig(steps=10_000, batch_size=ROWS),
-        runtime=RuntimeConfig(dtype=options.dtype, remat=options.remat),
+        runtime=RuntimeConfig(dtype=options.dtype, remat=options.full_remat if kind == "full" else options.remat),
         schedule=ScheduleConfig(warmup_steps=0),
         adapter=None if kind == "full" else plan_adapter(cfg, wish),
     )
@@ -131,7 +132,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("speed", "memory"))
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--remat", choices=("none", "full", "dots", "projections"), default="none")
+    for name, default in (("--remat", "dots"), ("--full-remat", "none")):
+        parser.add_argument(name, choices=("none", "full", "dots", "projections"), default=default)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--targets", default=ALL)
     parser.add_argument("--rounds", type=int, default=5)

@@ -6,6 +6,7 @@ import sys
 from math import prod
 from pathlib import Path
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from jaxformers.families import read_config
 from jaxformers.hub.layout import parts
 from jaxformers.hub.safetensors import Deferred, open_tensors, release, write_tensors
+from jaxformers.models.params import model_spec
 
 ONE_BILLION = {
     "model_type": "llama",
@@ -56,6 +58,29 @@ jf.save_pretrained(model, destination, max_shard_bytes=500_000_000)
 print(before, loading, memory("VmHWM"))
 """
 
+# The same while a base is read that an adapter is to be trained on, kept in nf4.
+PACKING = """
+import sys
+import jax
+from jaxformers.api import find_model
+from jaxformers.hub.targets import Wish, plan_adapter
+from jaxformers.parallel.mesh import single_device_mesh
+from jaxformers.train.build import Trainer
+
+
+def memory(field):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
+
+
+found, mesh = find_model(sys.argv[1]), single_device_mesh()
+trainer = Trainer(found.config, mesh, 32, adapter=plan_adapter(found.config, Wish(base="nf4")))
+jax.block_until_ready(jax.device_put(0.0))
+before = memory("VmRSS")
+params = jax.block_until_ready(found.read_params(mesh, dtype="float32", keep=trainer.keep))
+print(before, memory("VmHWM"), sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
+"""
+
 
 def random_checkpoint(directory: Path, config: dict, *, max_shard_bytes: int) -> None:
     """bfloat16 weights that repeat one megabyte of noise."""
@@ -90,6 +115,21 @@ def test_two_gigabytes_on_eight_devices_need_little_more_than_themselves(tmp_pat
     assert writing - before < model + 1.15 * largest
     theirs, ours = open_tensors(source), open_tensors(destination)
     assert all(np.array_equal(ours[name].view(np.uint16), theirs[name].view(np.uint16)) for name in theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="the peak of a process is read as Linux tells it"
+)
+def test_a_base_in_few_bits_is_never_whole_in_float32(tmp_path):
+    config = ONE_BILLION | {"num_hidden_layers": 6}
+    random_checkpoint(tmp_path, config, max_shard_bytes=SHARD)
+    shapes = [4 * prod(spec.shape) for spec in jax.tree.leaves(model_spec(read_config(config)))]
+    child = subprocess.run([sys.executable, "-c", PACKING, tmp_path], check=True, capture_output=True, text=True)
+    before, peak, kept = map(int, child.stdout.split())
+    print(f"float32 {sum(shapes) / 1e9:.2f} GB, kept {kept / 1e9:.2f} GB, peak {(peak - before) / 1e9:.2f} GB")
+    assert kept < 0.5 * sum(shapes)
+    assert peak - before < min(kept + 3 * max(shapes), sum(shapes))
 
 
 def resident(path: Path) -> int:

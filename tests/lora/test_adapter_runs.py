@@ -8,14 +8,19 @@ import pytest
 from tiny import LLAMA, assert_bit_equal, random_params, relative_error, run_config
 
 import jaxformers as jf
+from jaxformers.api import find_model
 from jaxformers.families import read_config
 from jaxformers.hub.peft import read_adapter
 from jaxformers.hub.pretrained import write_pretrained
+from jaxformers.hub.targets import Wish, plan_adapter
+from jaxformers.parallel.mesh import single_device_mesh
+from jaxformers.train.build import Trainer
 from jaxformers.train.checkpoint import Checkpointer
 
 SHAPE = LLAMA | {"hidden_size": 64, "intermediate_size": 96}
+LAYER_BYTES = 4 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96)
 LORA = {"rank": 4, "targets": ["q_proj", "v_proj", "down_proj"], "ranks": {"layers.0.self_attn.q_proj": 2}}
-FSDP2_TP2 = {"mesh": {"dp": 2, "fsdp": 2, "tp": 2}, "runtime": {"layers": "scan", "remat": "dots"}}
+FSDP2_TP2 = {"mesh": {"dp": 2, "fsdp": 2, "tp": 2}, "runtime": {"layers": "scan"}}
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +37,12 @@ def config(folder, base, **sections):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, base):
-    """A run over unrolled layers, with dropout, a faster second matrix and a moving average."""
+    """A run over unrolled layers, recomputed in part, with dropout, a faster second matrix and a moving average."""
     folder = tmp_path_factory.mktemp("adapter")
     lora = LORA | {"dropout": 0.1, "b_rate_ratio": 4.0}
-    values = config(folder, base, lora=lora, train={"steps": 4, "ema_decay": 0.5}, runtime={"layers": "unroll"})
+    values = config(
+        folder, base, lora=lora, train={"steps": 4, "ema_decay": 0.5}, runtime={"layers": "unroll", "remat": "dots"}
+    )
     values["checkpoint"] = {"every_steps": 2}
     return values, jf.fit(values)
 
@@ -89,6 +96,25 @@ def test_frozen_layers_stay_as_they_are_and_the_rest_trains_as_without_them(base
         assert not np.array_equal(a[1], b[1])
     assert_bit_equal(jf.load(result.run_dir).params, after)
     assert "opt_state.0.mu.embed" not in Checkpointer(result.run_dir).stored(3)
+
+
+def test_a_run_needs_weights_but_its_shapes_can_be_checked_without(base, tmp_path, command):
+    path = tmp_path / "config.yaml"
+    path.write_text(json.dumps(config(tmp_path, "smollm2-135m", lora={"rank": 4, "base": "nf4"})))
+    shown = command("train", path, "--dry-run")
+    assert shown.code == 0, shown
+    assert "GiB in nf4 a device; a run needs the weights that lora trains an adapter of" in " ".join(shown.out.split())
+    assert "model: a run needs the weights that lora trains an adapter of" in command("train", path).mistake
+
+
+@pytest.mark.parametrize("kept_in", ["nf4", "bfloat16"])
+def test_a_base_packed_while_it_is_read_is_the_one_packed_as_a_whole(kept_in, base):
+    found, mesh = find_model(base), single_device_mesh()
+    trainer = Trainer(found.config, mesh, 32, adapter=plan_adapter(found.config, Wish(rank=4, base=kept_in)))
+    packed = found.read_params(mesh, dtype="float32", keep=trainer.keep)
+    whole = trainer.from_params(found.read_params(mesh, dtype="float32"), seed=0)
+    assert sum(a.nbytes for a in jax.tree.leaves(packed["layers"])) < 0.6 * found.config.num_layers * LAYER_BYTES
+    assert_bit_equal(trainer.from_params(packed, seed=0), whole)
 
 
 @pytest.mark.parametrize(

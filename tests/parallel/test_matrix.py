@@ -92,8 +92,8 @@ def objections(case: Case) -> Iterator[str]:
 
     if rows % shards:
         yield "rows over the data axes"
-    if asked("layers") == "unroll" and (asked("remat") != "none" or pp > 1):
-        yield "unrolled layers save no memory and have no stages"
+    if asked("layers") == "unroll" and pp > 1:
+        yield "unrolled layers have no stages"
     if asked("sequence_parallel") and LENGTH % (tp * cp):
         yield "tokens over tp x cp"
     if ep > 1 and (case.model not in SPARSE or cfg.moe.num_experts % ep):

@@ -168,12 +168,13 @@ def test_bfloat16_computes_near_float32_and_gives_float32_gradients():
     assert relative_error(low_gradients, gradients) < 0.1
 
 
-def test_every_remat_policy_has_the_same_gradients_and_full_needs_less_memory():
+@pytest.mark.parametrize("layers", ["scan", "unroll"])
+def test_every_remat_policy_has_the_same_gradients_and_full_needs_less_memory(layers):
     cfg = read_config(LLAMA | {"vocab_size": 64, "num_hidden_layers": 4})
     params, batch = random_params(cfg), jax.tree.map(jnp.asarray, packed_batch(8, 64))
     found, memory = {}, {}
     for remat in ("none", "full", "dots", "projections"):
-        loss = partial(lm_loss, cfg=cfg, runtime=Runtime(remat=remat), config=LossConfig())
+        loss = partial(lm_loss, cfg=cfg, runtime=Runtime(remat=remat, layers=layers), config=LossConfig())
         compiled = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(params, batch, Totals.of(batch)).compile()
         found[remat] = compiled(params, batch, Totals.of(batch))
         memory[remat] = compiled.memory_analysis().temp_size_in_bytes
