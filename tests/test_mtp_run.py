@@ -4,37 +4,12 @@ import json
 
 import jax
 import numpy as np
-from tiny import assert_bit_equal, run_config
+from tiny import DEEPSEEK, assert_bit_equal, run_config
 
 import jaxformers as jf
 from jaxformers.config import load_config
 from jaxformers.hub.safetensors import open_tensors
 from jaxformers.training import describe_setup, prepare_run
-
-MODEL = {
-    "model_type": "deepseek_v3",
-    "vocab_size": 300,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "head_dim": 4,
-    "q_lora_rank": None,
-    "kv_lora_rank": 8,
-    "qk_nope_head_dim": 4,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 4,
-    "first_k_dense_replace": 1,
-    "moe_intermediate_size": 8,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "n_shared_experts": 1,
-    "n_group": 1,
-    "topk_group": 1,
-    "num_nextn_predict_layers": 1,
-}
 
 
 def losses(run_dir) -> list[tuple[float, float]]:
@@ -45,7 +20,7 @@ def losses(run_dir) -> list[tuple[float, float]]:
 def test_a_run_with_modules_learns_resumes_generates_and_exports_them(tmp_path):
     values = run_config(
         tmp_path,
-        model=MODEL,
+        model=DEEPSEEK,
         train={"steps": 6},
         schedule={"name": "constant"},
         checkpoint={"every_steps": 3},
@@ -79,7 +54,7 @@ def test_a_run_with_modules_learns_resumes_generates_and_exports_them(tmp_path):
 
 
 def test_modules_are_named_apart_in_the_plan_and_not_run_with_a_weight_of_zero(tmp_path):
-    values = run_config(tmp_path, model=MODEL)
+    values = run_config(tmp_path, model=DEEPSEEK)
     setup = prepare_run(load_config(values))
     modules = jf.count_params(setup.cfg, mtp=True) - jf.count_params(setup.cfg)
     assert describe_setup(setup)["parameters"].endswith(f" active) + {modules:,} for multi-token prediction")

@@ -4,34 +4,17 @@ from __future__ import annotations
 
 import jax
 import numpy as np
-from tiny import random_params
+import tiny
 
 from jaxformers.models.config import ModelConfig
 from jaxformers.models.params import Params, path_name
 
-DEEPSEEK = {
-    "model_type": "deepseek_v3",
+DEEPSEEK = tiny.DEEPSEEK | {
     "vocab_size": 40,
     "hidden_size": 48,
     "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 96,
-    "head_dim": 4,
-    "q_lora_rank": None,
-    "kv_lora_rank": 8,
-    "qk_nope_head_dim": 4,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 4,
-    "first_k_dense_replace": 1,
     "moe_intermediate_size": 16,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "n_shared_experts": 1,
-    "n_group": 1,
-    "topk_group": 1,
-    "num_nextn_predict_layers": 1,
+    "max_position_embeddings": 96,
 }
 
 
@@ -42,7 +25,7 @@ def foreseeing_params(cfg: ModelConfig, *, doubt: float, seed: int = 0) -> Param
     The head likes the token behind the one whose embedding it is shown, and a module turns the embedding of a token
     into that of the next; with fewer tokens than dims it can do so for all.
     """
-    params = random_params(cfg, seed=seed)
+    params = tiny.random_params(cfg, seed=seed)
     embed = params["embed"]
     assert cfg.vocab_size <= cfg.d_model
 
