@@ -272,7 +272,8 @@ def test_a_corpus_whose_making_is_killed_again_and_again_is_the_same(tmp_path, t
             assert time.monotonic() < deadline
             time.sleep(0.005)
         time.sleep(draw.uniform(0, 0.1))
-        os.killpg(process.pid, signal.SIGKILL)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         if any(path.is_dir() and not path.suffix for path in (tmp_path / "cache" / "corpora").iterdir()):
             break  # the kill came too late: all shards are joined already
