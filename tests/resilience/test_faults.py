@@ -205,11 +205,12 @@ def test_a_full_disk_costs_saves_until_there_is_room_again(small_disk, monkeypat
         for step in range(1, 31):
             save(checkpoints, step)
             checkpoints.settle()
-            if len(said) == 3:
+            if step - checkpoints.latest_step == 3:
                 break
         assert ("and the disk has" if noticed_before else "No space left on device") in said[0]
         newest = checkpoints.latest_step
-        assert (newest, step) == (newest, newest + 3), "three saves in a row were given up"
+        assert step == newest + 3, "the disk was never full"
+        assert len(said) >= 3
         assert_right(small_disk, newest)
         for old in range(1, newest):
             remove(small_disk / FOLDER / str(old))
