@@ -13,6 +13,10 @@ allow a ninth of it. It makes one copy, and that in threads, so processors that 
 takes to find large pages for the parameters comes on top, 0.2 s where memory is whole and more than 1 s where it is in
 pieces.
 
+`ours, to generate` is the layout that `generate`, `chat` and `serve` run from on CPU. It has matrices as files have them,
+so in the dtype of the file those that are not joined with others are taken over where the file is mapped, and only the
+others are copied.
+
 `from_pretrained` in the dtype of the file reads nothing: its parameters are views of the mapped file, and each costs
 its reading when it is first used. Nothing that copies can be as fast. `from_pretrained, held` is what compares: its
 parameters in memory of their own, as ours are. In another dtype both arms are the same.
@@ -75,6 +79,7 @@ def arms(directory: Path, dtype: str) -> dict[str, Callable[[], Any]]:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from jaxformers.api import load_to_generate
     from jaxformers.hub.pretrained import read_pretrained
 
     files = sorted(directory.glob("*.safetensors"))
@@ -97,6 +102,7 @@ def arms(directory: Path, dtype: str) -> dict[str, Callable[[], Any]]:
 
     return {
         "ours": lambda: jax.block_until_ready(read_pretrained(directory, dtype=dtype).params),
+        "ours, to generate": lambda: jax.block_until_ready(load_to_generate(directory, dtype=dtype).params),
         "reading": lambda: [file.read_bytes() for file in files],
         "reading into memory": read_into_memory,
         "from_pretrained": theirs,
