@@ -170,11 +170,10 @@ def _reach(positions: jax.Array, window: int | None, block: int) -> tuple[jax.Ar
 
 
 def _products(q: jax.Array, keys: jax.Array) -> jax.Array:
-    """q [B, K, G, T, N] with keys [B, K, c, N] -> float32 [B, K, G, T, c]: all queries of a kv head in one matmul,
-    whose rows are the keys: of the few queries of a decoding step, a matmul on CPU makes slow rows."""
+    """q [B, K, G, T, N] with keys [B, K, c, N] -> float32 [B, K, G, T, c]: all queries of a kv head in one matmul."""
     b, k, g, t, n = q.shape
-    flat = jnp.einsum("bksn,bkqn->bksq", keys, q.reshape(b, k, g * t, n), preferred_element_type=jnp.float32)
-    return flat.mT.reshape(b, k, g, t, -1)
+    flat = jnp.einsum("bkqn,bksn->bkqs", q.reshape(b, k, g * t, n), keys, preferred_element_type=jnp.float32)
+    return flat.reshape(b, k, g, t, -1)
 
 
 def _mixed(weights: jax.Array, values: jax.Array) -> jax.Array:
