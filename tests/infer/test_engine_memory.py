@@ -91,6 +91,17 @@ def test_layers_with_windows_keep_their_windows_alone_and_make_the_same_tokens()
     assert cache_bytes(small) == (3 * LENGTH + 2 * 144) * token + 3 * page
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_guesses_that_come_while_most_slots_are_still_read_find_room_in_windows(seed):
+    """They are verified whatever the others do, and several may come at a time."""
+    going_on = Request(prompt=ids(20, seed), max_new_tokens=80, temperature=0.0)
+    read = [greedy(ids(150, seed=other)) for other in (50, 51)]
+    guessing = engine(speculate="ngram", draft_tokens=4)
+    made = [answer.tokens for answer in answers(guessing, [going_on, *read])]
+    assert made == [answer.tokens for answer in answers(engine(), [going_on, *read])]
+    assert guessing.stats().accepted_tokens > 40
+
+
 def test_what_windows_leave_behind_is_found_by_those_that_come_later_to_the_last_bit():
     warm = engine()
     first, _, _, other, _, beginning = prompts()

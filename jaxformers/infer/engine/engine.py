@@ -383,7 +383,8 @@ class Engine:
         started = [run for run in self._running.values() if run.started]
         if not started:
             return events
-        count = 1 if constrained or 2 * len(started) < len(self._running) else self._most
+        single = constrained or 2 * len(started) < len(self._running)
+        count = 1 if single and self._drafter is None else self._most  # as many as are guessed may come at any time
         for run in started:
             end = len(run.request.prompt) + run.request.max_new_tokens - 1
             self._move(run, run.position, min(run.position + count, end))
