@@ -30,7 +30,8 @@ class RuntimeConfig(BaseModel):
     )
     layers: Literal["auto", "scan", "unroll"] = Field(
         "auto",
-        description="One compiled body for equal layers, or every layer unrolled; auto unrolls up to 32 layers on CPU.",
+        description="One compiled body for equal layers, or every layer unrolled; auto unrolls up to 32 layers on CPU, "
+        "with remat none or dots.",
     )
     attention: Literal["auto", "dot_product", "blockwise"] = Field(
         "auto",

@@ -13,9 +13,9 @@ allow a ninth of it. It makes one copy, and that in threads, so processors that 
 takes to find large pages for the parameters comes on top, 0.2 s where memory is whole and more than 1 s where it is in
 pieces.
 
-`ours, to generate` is the layout that `generate`, `chat` and `serve` run from on CPU. It has matrices as files have
-them, so in the dtype of the file those that are not joined with others are taken over where the file is mapped, and
-only the others are copied.
+`ours, to generate` is the layout that `generate`, `chat` and `serve` run from on CPU: matrices as files have them, a
+buffer a layer, copied without a transposition. Such buffers, as those of `from_pretrained, held`, the allocator hands
+out again, so from the second round on they cost no new pages; the first load of a process takes several times as long.
 
 `from_pretrained` in the dtype of the file reads nothing: its parameters are views of the mapped file, and each costs
 its reading when it is first used. Nothing that copies can be as fast. `from_pretrained, held` is what compares: its
