@@ -19,7 +19,7 @@ import numpy as np
 ALIGNMENT = 64  # bytes; JAX on CPU adopts buffers that start at a multiple of it, and copies any others
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 WORD = np.dtype(np.complex128)  # the widest that NumPy moves as one; never computed with
-BLOCK_ROWS, BLOCK_COLUMNS = 64, 2048  # 256 kB of 16-bit numbers, which fits the second-level cache
+BLOCK_ROW_BYTES, BLOCK_COLUMNS = 256, 2048  # of the target: 512 kB, about a second-level cache
 CHUNK_BYTES = 4 << 20  # of one task for a thread
 AT_ONCE_BYTES = 64 << 20  # of sources that are held while they are copied
 
@@ -96,7 +96,16 @@ def _tasks(target: np.ndarray, source: np.ndarray) -> Iterator[Callable[[], None
 
 
 def _copy(target: np.ndarray, source: np.ndarray) -> None:
-    np.copyto(target.view(_unsigned(target)), _bits(source, target.dtype))
+    out = target.view(_unsigned(target))
+    if _widens(target, source):
+        np.left_shift(source.view(np.uint16), np.uint32(16), out=out)
+    else:
+        np.copyto(out, _bits(source, target.dtype))
+
+
+def _widens(target: np.ndarray, source: np.ndarray) -> bool:
+    """Whether each number only gets zeros behind it: bfloat16 is the upper half of float32."""
+    return source.dtype == BFLOAT16 and target.dtype == np.float32
 
 
 def _unsigned(array: np.ndarray) -> np.dtype:
@@ -108,9 +117,6 @@ def _bits(source: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """`source.astype(dtype)` as unsigned integers; a view where the dtype is the same."""
     if source.dtype == dtype:
         return source.view(_unsigned(source))
-    if source.dtype == BFLOAT16 and dtype == np.float32:
-        wide = source.view(np.uint16).astype(np.uint32)  # bfloat16 is the upper half of float32
-        return np.left_shift(wide, 16, out=wide)
     return source.astype(dtype).view(f"u{dtype.itemsize}")
 
 
@@ -139,15 +145,17 @@ def _transpose(target: np.ndarray, source: np.ndarray) -> None:
     """`target[...] = source.T` for a source [O, I] of contiguous rows, O of them filling whole words."""
     lanes = WORD.itemsize // target.itemsize
     height, width = source.shape
-    unsigned = _unsigned(target)
-    scratch = np.empty((BLOCK_ROWS // lanes, min(BLOCK_COLUMNS, width)), WORD)
+    block_rows = BLOCK_ROW_BYTES // target.itemsize
+    scratch = np.zeros((block_rows // lanes, min(BLOCK_COLUMNS, width)), WORD)
+    halves = 2 if _widens(target, source) else 1  # of each number; the lower stay zero
+    dtype = source.dtype if halves == 2 else target.dtype
     out = target.view(WORD)
-    for i in range(0, height, BLOCK_ROWS):
+    for i in range(0, height, block_rows):
         for j in range(0, width, BLOCK_COLUMNS):
-            block = _bits(source[i : i + BLOCK_ROWS, j : j + BLOCK_COLUMNS], target.dtype)
+            block = _bits(source[i : i + block_rows, j : j + BLOCK_COLUMNS], dtype)
             rows, columns = block.shape
             packed = scratch[: rows // lanes, :columns]
-            interleaved = packed.view(unsigned).reshape(rows // lanes, columns, lanes)
+            interleaved = packed.view(block.dtype).reshape(rows // lanes, columns, lanes, halves)[..., -1]
             for lane in range(lanes):
                 interleaved[:, :, lane] = block[lane::lanes]
             out[j : j + columns, i // lanes : (i + rows) // lanes] = packed.T
