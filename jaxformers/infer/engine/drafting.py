@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from jaxformers.infer.engine.choosing import choose
 from jaxformers.infer.engine.foresight import Foresight
 from jaxformers.infer.engine.placement import paged_runtime
-from jaxformers.infer.engine.programs import NO_TOKEN, after, piece_positions
+from jaxformers.infer.engine.programs import NO_TOKEN, VECTORIZED, after, piece_positions
 from jaxformers.infer.engine.running import Running, slots_of
 from jaxformers.infer.engine.sizes import Sizes
 from jaxformers.infer.engine.state import IDLE, Rows, State
@@ -182,7 +182,7 @@ class DraftModel:
 Pools = list[dict[str, Pool]]
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "runtime"), donate_argnames="pools")
+@functools.partial(jax.jit, static_argnames=("cfg", "runtime"), donate_argnames="pools", compiler_options=VECTORIZED)
 def read(
     params: Params,
     pools: Pools,
@@ -210,7 +210,9 @@ def _state(pools: Pools, table: jax.Array, rows: Rows | None) -> State:
     return State(pools, (table,), rows, recent=(False,) * len(pools))
 
 
-@functools.partial(jax.jit, static_argnames=("count", "cfg", "runtime"), donate_argnames="pools")
+@functools.partial(
+    jax.jit, static_argnames=("count", "cfg", "runtime"), donate_argnames="pools", compiler_options=VECTORIZED
+)
 def guess(
     params: Params,
     pools: Pools,

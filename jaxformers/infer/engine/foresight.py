@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 from jaxformers.infer.engine.choosing import choose
 from jaxformers.infer.engine.placement import paged_runtime
-from jaxformers.infer.engine.programs import NO_TOKEN, after, piece_positions
+from jaxformers.infer.engine.programs import NO_TOKEN, VECTORIZED, after, piece_positions
 from jaxformers.infer.engine.running import Running, slots_of
 from jaxformers.infer.engine.sizes import Sizes
 from jaxformers.infer.engine.state import IDLE, Rows, State, split_pools, whole
@@ -115,7 +115,7 @@ def init_sight(*, cfg: ModelConfig, runtime: Runtime, sizes: Sizes, modules: int
     return Sight(pools, hidden, jnp.zeros(places, jnp.int32), jnp.zeros(sizes.slots, jnp.int32)).placed(runtime.shard)
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "runtime"), donate_argnames="sight")
+@functools.partial(jax.jit, static_argnames=("cfg", "runtime"), donate_argnames="sight", compiler_options=VECTORIZED)
 def read(
     params: Params,
     sight: Sight,
@@ -162,7 +162,9 @@ def _last(old: jax.Array, new: jax.Array, count: jax.Array) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(jnp.concatenate([old, new]), count, len(old))
 
 
-@functools.partial(jax.jit, static_argnames=("count", "cfg", "runtime"), donate_argnames="sight")
+@functools.partial(
+    jax.jit, static_argnames=("count", "cfg", "runtime"), donate_argnames="sight", compiler_options=VECTORIZED
+)
 def guess(
     params: Params,
     sight: Sight,

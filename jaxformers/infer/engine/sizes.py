@@ -10,7 +10,10 @@ import numpy as np
 from jaxformers.infer.request import EngineConfig
 from jaxformers.models.config import ModelConfig
 
-KEY_BLOCK = 64  # keys that attention looks at together: more wastes time on short rows, fewer on the loop
+# Keys of a slot that attention looks at together: more wastes time on short rows, fewer on the loop, which many slots
+# make cheap.
+KEY_BLOCK, KEY_BLOCK_OF_MANY = 64, 32
+MANY_SLOTS = 16
 FREE = (
     "prefix_cache",
     "queue_requests",
@@ -52,7 +55,8 @@ class Sizes:
         tokens = config.slots * _round_up(max_length, size) if config.cache_tokens is None else config.cache_tokens
         if tokens < size:
             raise ValueError(f"cache_tokens is {tokens}; it must hold a page of {size} tokens at least")
-        block = min(max(size, KEY_BLOCK // size * size), _round_up(max_length, size))
+        keys = KEY_BLOCK if config.slots < MANY_SLOTS else KEY_BLOCK_OF_MANY
+        block = min(max(size, keys // size * size), _round_up(max_length, size))
         window = max((kind.window for kind in cfg.layers if kind.window is not None), default=None)
         recent = None if window is None else _recent_tokens(config, window)
         return cls(
