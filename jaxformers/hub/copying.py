@@ -147,15 +147,15 @@ def _transpose(target: np.ndarray, source: np.ndarray) -> None:
     height, width = source.shape
     block_rows = BLOCK_ROW_BYTES // target.itemsize
     scratch = np.zeros((block_rows // lanes, min(BLOCK_COLUMNS, width)), WORD)
-    halves = 2 if _widens(target, source) else 1  # of each number; the lower stay zero
-    dtype = source.dtype if halves == 2 else target.dtype
+    dtype = source.dtype if _widens(target, source) else target.dtype
+    parts = target.itemsize // dtype.itemsize  # of each number, the upper one last; a lower one stays zero
     out = target.view(WORD)
     for i in range(0, height, block_rows):
         for j in range(0, width, BLOCK_COLUMNS):
             block = _bits(source[i : i + block_rows, j : j + BLOCK_COLUMNS], dtype)
             rows, columns = block.shape
             packed = scratch[: rows // lanes, :columns]
-            interleaved = packed.view(block.dtype).reshape(rows // lanes, columns, lanes, halves)[..., -1]
+            interleaved = packed.view(block.dtype).reshape(rows // lanes, columns, lanes, parts)[..., -1]
             for lane in range(lanes):
                 interleaved[:, :, lane] = block[lane::lanes]
             out[j : j + columns, i // lanes : (i + rows) // lanes] = packed.T

@@ -25,7 +25,7 @@ from jaxformers.models.runtime import Runtime
 NO_TOKEN = -1
 
 # Of programs that attend in pages. At its third level, LLVM unrolls a loop over the 64 dims of a head before it looks
-# for vectors, and then finds none: keys are gathered one number at a time, at half the speed.
+# for vectors, and then finds none: on CPU, keys are gathered one number at a time, at half the speed.
 VECTORIZED = {"xla_backend_optimization_level": 2}
 
 
