@@ -59,7 +59,7 @@ _BACK = "back to the one before"
 _SAVE_SECONDS = 3600  # for the processes of a run to write one checkpoint
 Place = Literal["store", "local"]  # the run's folder; or only the machine's own disk or memory
 _NOTHING, _ALL_DAMAGED = -1, -2
-_ORBAX_COROUTINES = "cancellable|_create_paths|_async_serialize|_serialize|JsonCheckpoint|BasePyTreeCheckpoint"
+_ORBAX_COROUTINES = "cancellable|_create_paths|_?async_serialize|_serialize|JsonCheckpoint|BasePyTreeCheckpoint"
 _log = logging.getLogger(__name__)
 
 

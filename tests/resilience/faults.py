@@ -7,6 +7,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 CALLS = ("open", "mkdir", "rename", "replace", "fsync")
 
 
@@ -53,3 +55,6 @@ class Faults:
 
 
 NO_SPACE, BAD_DISK = errno.ENOSPC, errno.EIO
+
+# Orbax leaves event loops behind when a write fails, which complain when they are collected.
+LEAVES_LOOPS = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from faults import BAD_DISK, NO_SPACE, Faults
+from faults import BAD_DISK, LEAVES_LOOPS, NO_SPACE, Faults
 from saving import assert_right, restored, save
 from tiny import assert_bit_equal, flip, run_config
 
@@ -17,6 +17,8 @@ from jaxformers.train import folders
 from jaxformers.train.checkpoint import FOLDER, Checkpointer, CheckpointError
 from jaxformers.train.config import CheckpointConfig
 from jaxformers.train.integrity import find_damage
+
+pytestmark = LEAVES_LOOPS
 
 
 @pytest.fixture
