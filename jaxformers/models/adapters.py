@@ -213,6 +213,16 @@ def combine(first: Any, second: Any) -> Any:
     return jax.tree.map(lambda a, b: b if a is None else a, first, second, is_leaf=lambda leaf: leaf is None)
 
 
+def at_places(params: Params, places: jax.Array | None) -> Params:
+    """The tree whose adapters with dropout are told which tokens they see: int32 [B, T], each one's number in the
+    batch. None: as it is."""
+
+    def told(w: Any) -> Any:
+        return w.replace(places=places) if is_adapted(w) and w.key is not None else w
+
+    return params if places is None else jax.tree.map(told, params, is_leaf=is_adapted)
+
+
 def with_keys(params: Params, cfg: ModelConfig, key: jax.Array, *, slots: np.ndarray | None = None) -> Params:
     """The tree (plain, unstacked or arranged for a pipeline) with a key for the dropout of every adapter.
 

@@ -19,6 +19,7 @@ from jaxformers.models.rope import Rotation
 class Context:
     """B batch, T time, S cache slots.
 
+    `places`, where adapters have dropout, numbers the tokens of the whole batch.
     `observe` names what layers show of their inside (see `models.observe`).
     `read_slots` (static) bounds how much of a cache is looked at: no position of this call may lie past it.
     """
@@ -31,6 +32,7 @@ class Context:
     experts: Callable[..., jax.Array]
     read_slots: int | None = None
     observe: frozenset[str] = frozenset()
+    places: jax.Array | None = None  # int32 [B, T]
 
     @property
     def visible(self) -> Visibility:
@@ -49,13 +51,13 @@ class Context:
     @property
     def arrays(self) -> Any:
         """All arrays it holds, as a pytree."""
-        return self.positions, self.segment_ids, list(self.rotations.values())
+        return self.positions, self.segment_ids, self.places, list(self.rotations.values())
 
     def with_arrays(self, arrays: Any) -> Context:
         """The same over other arrays, in a pytree of that form."""
-        positions, segment_ids, turns = arrays
+        positions, segment_ids, places, turns = arrays
         rotations = dict(zip(self.rotations, turns, strict=True))
-        return replace(self, positions=positions, segment_ids=segment_ids, rotations=rotations)
+        return replace(self, positions=positions, segment_ids=segment_ids, places=places, rotations=rotations)
 
     def save(self, x: jax.Array, name: str) -> jax.Array:
         """x, marked so that a rematerialization policy may keep it by name."""

@@ -13,6 +13,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from jaxformers.models.adapters import at_places
 from jaxformers.models.attention import gqa, mla
 from jaxformers.models.cache import Cache, LayerCache
 from jaxformers.models.config import LayerKind, ModelConfig, Stack, longest_stack, plan_stacks
@@ -46,7 +47,7 @@ def block(
     p: Params, x: jax.Array, ctx: Context, cfg: ModelConfig, kind: LayerKind, cache: LayerCache | None
 ) -> tuple[jax.Array, LayerCache | None, LayerStats]:
     """One layer: x [B, T, D] -> [B, T, D]."""
-    watch = Watch(ctx)
+    p, watch = at_places(p, ctx.places), Watch(ctx)
     x = named_norm(p, "entry_norm", x, cfg)
     normed = ctx.shard(named_norm(p, "attn_norm", x, cfg), "batch", "seq", None)
     attended, cache = MIXERS[kind.mixer](p["attn"], normed, watch.context, cfg, kind, cache)
@@ -106,6 +107,7 @@ def hidden_states(
     *,
     positions: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
+    places: jax.Array | None = None,
     cache: Cache | None = None,
     read_slots: int | None = None,
     last: jax.Array | None = None,
@@ -113,14 +115,15 @@ def hidden_states(
 ) -> Hidden:
     """Runs all layers over tokens int32 [B, T].
 
-    positions int32 [B, T] default to 0, 1, ...; segment_ids int32 [B, T] separate documents packed into a row. With
-    a cache, this call's keys are written at `positions` and queries see all of it (its first `read_slots` slots); a
-    row is then one document. `last` int32 [B] is where each row ends of which this call is a part. Parameters are the
-    plain tree or `layout.prepare`'s.
+    positions int32 [B, T] default to 0, 1, ...; segment_ids int32 [B, T] separate documents packed into a row; places
+    int32 [B, T] are the tokens' numbers in the batch, which adapters with dropout need. With a cache, this call's keys
+    are written at `positions` and queries see all of it (its first `read_slots` slots); a row is then one document.
+    `last` int32 [B] is where each row ends of which this call is a part. Parameters are the plain tree or
+    `layout.prepare`'s.
     """
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    ctx = make_context(cfg, runtime, positions, segment_ids, read_slots=read_slots, last=last)
+    ctx = make_context(cfg, runtime, positions, segment_ids, places, read_slots=read_slots, last=last)
     if "layers" in params and (cache is not None or runtime.layers == "unroll"):
         params = unstack(params, cfg)
     x = embed(params, cfg, tokens, positions, runtime)
@@ -135,14 +138,22 @@ def make_context(
     runtime: Runtime,
     positions: jax.Array,
     segment_ids: jax.Array | None,
+    places: jax.Array | None = None,
     *,
     read_slots: int | None = None,
     last: jax.Array | None = None,
 ) -> Context:
     """What the layers share about tokens at `positions` int32 [B, T] in documents `segment_ids` int32 [B, T]."""
-    turns = rotations(cfg, positions, last)
     return Context(
-        positions, segment_ids, turns, runtime.shard, runtime.attend, runtime.experts, read_slots, runtime.observe
+        positions,
+        segment_ids,
+        rotations(cfg, positions, last),
+        runtime.shard,
+        runtime.attend,
+        runtime.experts,
+        read_slots,
+        runtime.observe,
+        places,
     )
 
 
@@ -155,7 +166,7 @@ def run_stacks(
     found: list[LayerStats] = []
     for k, stacked in enumerate(layers, start=first):
         stage = make_stage(cfg, runtime, stacks[k])
-        rows = (ctx.positions, ctx.segment_ids)
+        rows = (ctx.positions, ctx.segment_ids, ctx.places)
         if runtime.run_stack is not None and k == longest_stack(stacks):
             x, stats = runtime.run_stack(stage, stacked, x, rows)
         else:
@@ -168,8 +179,8 @@ def make_stage(cfg: ModelConfig, runtime: Runtime, stack: Stack) -> Callable[...
     """The function (layers [R, ...], x [B, T, D], rows, active) -> (x, statistics) that runs R repeats of a stack's
     pattern.
 
-    rows are (positions, segment_ids); active bool [R] says which repeats count, None = all. The statistics are [R,
-    layers of the pattern, ...], zero for a repeat that does not count.
+    rows are (positions, segment_ids) and, if it has them, places; active bool [R] says which repeats count, None = all.
+    The statistics are [R, layers of the pattern, ...], zero for a repeat that does not count.
     """
 
     def stage(

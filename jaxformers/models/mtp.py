@@ -12,6 +12,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from jaxformers.models.adapters import at_places
 from jaxformers.models.cache import LayerCache
 from jaxformers.models.config import ModelConfig
 from jaxformers.models.context import Context
@@ -31,18 +32,19 @@ def run_modules(
     *,
     positions: jax.Array,
     segment_ids: jax.Array,
+    places: jax.Array | None,
     runtime: Runtime,
 ) -> tuple[list[jax.Array], MoEStats | None]:
     """Hidden states [B, T, D] of each module before its norm, and the experts' sums [M, ...], if any.
 
     x [B, T, D] is the decoder's, before the final norm. tokens, segment_ids int32 [B, T, M]: what module m reads at
     each place, the token m + 1 places further on, and its document; 0 where the document ends before it, which counts
-    as padding. positions int32 [B, T] are the decoder's. Embedding and norm are `params`', gathered for use.
+    as padding. positions and places int32 [B, T] are the decoder's. Embedding and norm are `params`', gathered for use.
     """
     states, found = [], []
     x = named_norm(params, "final_norm", x, cfg)
     for m, p in enumerate(params["mtp"]):
-        ctx = make_context(cfg, runtime, positions, segment_ids[..., m])
+        ctx = make_context(cfg, runtime, positions, segment_ids[..., m], places)
         token = embed(params, cfg, tokens[..., m], positions, runtime)
 
         def body(p: Params, x: jax.Array, token: jax.Array, ctx: Context = ctx) -> tuple[jax.Array, MoEStats | None]:
@@ -61,6 +63,7 @@ def run_module(
 ) -> tuple[jax.Array, LayerCache | None, MoEStats | None]:
     """One module over hidden states x [B, T, D], after a norm, and embeddings of further tokens [B, T, D]: hidden
     states [B, T, D] before its own norm, its layer's cache with this call's keys, and the experts' sums."""
+    p = at_places(p, ctx.places)
     both = jnp.stack([norm(p["token_norm"], token, cfg), norm(p["hidden_norm"], x, cfg)], axis=-2)
     both = ctx.shard(both, "batch", "seq", None, None)
     x = ctx.shard(linear(both, p["proj"], n_in=2), "batch", "stream", None)

@@ -49,7 +49,8 @@ class LoRA:
     a [batch..., *in, R] and b [batch..., R, *out] are trained, base is not; batch dims are those of layers and experts,
     and scale float32 [batch...] is one number for each of them, 0 for one without an adapter. Of an embedding, `in` is
     the vocabulary. magnitude [batch..., *out] makes it a DoRA (arXiv:2402.09353): each output's weights are scaled to
-    that length. key uint32 [batch..., 2], where a step sets it, drops that share of the adapter's inputs.
+    that length. key uint32 [batch..., 2] and places int32 [B, T], where a step sets them, drop that share of the
+    adapter's inputs: which of a token's follows from its number in the whole batch, wherever it is computed.
     """
 
     base: Any
@@ -58,6 +59,7 @@ class LoRA:
     scale: jax.Array
     magnitude: jax.Array | None = None
     key: jax.Array | None = None
+    places: jax.Array | None = None
     dropout: float = flax.struct.field(pytree_node=False, default=0.0)
 
     @property
@@ -193,10 +195,17 @@ def _product(x: jax.Array, w: jax.Array | OutputMajor | Quantized | LoRABank, n_
 
 
 def _dropped(x: jax.Array, w: LoRA) -> jax.Array:
-    """What the adapter sees of x: all of it, or in a training step with dropout a random part, scaled up."""
+    """What the adapter sees of x: all of it, or in a training step with dropout, of x [B, T, *in] a random part, scaled
+    up."""
     if w.key is None or not w.dropout:
         return x
-    kept = jax.random.bernoulli(jax.random.wrap_key_data(w.key), 1 - w.dropout, x.shape)
+    assert w.places is not None
+
+    def of_token(place: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.wrap_key_data(w.key), place)
+        return jax.random.bernoulli(key, 1 - w.dropout, x.shape[2:])
+
+    kept = jax.vmap(jax.vmap(of_token))(w.places)
     return jnp.where(kept, x / jnp.asarray(1 - w.dropout, x.dtype), jnp.zeros((), x.dtype))
 
 

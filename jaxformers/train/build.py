@@ -12,6 +12,7 @@ from functools import cached_property, partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
@@ -426,7 +427,7 @@ class Trainer:
             balance=self._balance,
             clip_logits=None if limit is None else partial(qk_clip, threshold=limit, cfg=self.cfg),
             place_gradient=self._place_gradient,
-            extend=self._look_ahead,
+            extend=self._extend,
             fetch=partial(self._fetch, places=self._places),
             complete=self._complete,
             measure=measure,
@@ -440,27 +441,39 @@ class Trainer:
         flops = flops_per_token(self.cfg, self.sequence_length, mtp=self.runs_mtp)
         return flops if self.adapter is None else flops * 2 / 3
 
-    def _complete(self, params: Params, state: TrainState, microbatch: jax.Array) -> Params:
+    @property
+    def _drops(self) -> bool:
+        """Whether adapters have dropout."""
+        return self.adapter is not None and self.adapter.dropout > 0
+
+    def _complete(self, params: Params, state: TrainState) -> Params:
         """The model that the loss sees: all parameters, and a key for each adapter's dropout."""
         if state.frozen is None:
             return params
         whole = combine(params, state.frozen)
-        if self.adapter is None or not self.adapter.dropout:
+        if not self._drops:
             return whole
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         slots = None if self._arranged is None else self._arranged.slots
-        return with_keys(whole, self.cfg, jax.random.fold_in(key, microbatch), slots=slots)
+        return with_keys(whole, self.cfg, key, slots=slots)
 
     @property
     def runs_mtp(self) -> bool:
         """Whether modules for multi-token prediction are trained."""
         return self.cfg.mtp_modules > 0 and self.loss.mtp_loss > 0
 
-    def _look_ahead(self, batch: Batch) -> Batch:
-        """The batch with what modules for multi-token prediction need."""
-        if not self.runs_mtp:
-            return batch
-        return look_ahead(batch, self.cfg.mtp_modules, order=self.column_order, shard=self._runtime.shard)
+    def _extend(self, batch: Batch) -> Batch:
+        """The batch with what adapters with dropout and modules for multi-token prediction need: the tokens' numbers,
+        and what comes further on."""
+        shard, order = self._runtime.shard, self.column_order
+        if self._drops:
+            rows, length = batch["tokens"].shape
+            columns = jnp.arange(length, dtype=jnp.int32) if order is None else jnp.asarray(order, jnp.int32)
+            places = jnp.arange(rows, dtype=jnp.int32)[:, None] * length + columns
+            batch = {**batch, "places": shard(places, "batch", "seq")}
+        if self.runs_mtp:
+            batch = look_ahead(batch, self.cfg.mtp_modules, order=order, shard=shard)
+        return batch
 
     @property
     def _balance(self) -> Callable[[Params, jax.Array], Params] | None:

@@ -12,7 +12,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from jaxformers.models.adapters import combine, partition
+from jaxformers.models.adapters import at_places, combine, partition
 from jaxformers.models.config import LayerKind, ModelConfig, longest_stack, plan_stacks
 from jaxformers.models.decoder import (
     embed,
@@ -112,7 +112,13 @@ def lm_loss(
     if runtime.run_loss is not None:
         return _pipelined_loss(params, batch, totals, cfg, runtime, config, chunk=chunk)
     hidden = hidden_states(
-        params, cfg, batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"], runtime=runtime
+        params,
+        cfg,
+        batch["tokens"],
+        positions=batch["positions"],
+        segment_ids=batch["segment_ids"],
+        places=batch.get("places"),
+        runtime=runtime,
     )
     head = {name: params[name] for name in HEAD if name in params}
     loss, sums = head_loss(head, hidden.x, batch, cfg, runtime, z_weight=config.z_loss, chunk=chunk)
@@ -143,12 +149,15 @@ def further_loss(
         batch["mtp_tokens"],
         positions=batch["positions"],
         segment_ids=batch["mtp_segment_ids"],
+        places=batch.get("places"),
         runtime=runtime,
     )
     losses = []
     for m, (p, y) in enumerate(zip(params["mtp"], states, strict=True)):
         head = {name: params[name] for name in HEAD if name in params} | {"final_norm": p["norm"]}
         rows = {name: batch[f"mtp_{name}"][..., m] for name in ("targets", "weights")}
+        if "places" in batch:
+            rows["places"] = batch["places"]
         losses.append(head_loss(head, y, rows, cfg, runtime, z_weight=0.0, chunk=chunk)[0])
     return sum(losses[1:], losses[0]), stats
 
@@ -269,20 +278,21 @@ def head_loss(
     forward pass, so nothing is computed twice.
     """
 
-    def part(head: Params, x: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, Sums]:
-        sums = token_sums(unembed(head, cfg, x, runtime), targets, weights, sources=batch.get("sources"))
+    def part(
+        head: Params, x: jax.Array, targets: jax.Array, weights: jax.Array, places: jax.Array | None = None
+    ) -> tuple[jax.Array, Sums]:
+        logits = unembed(at_places(head, places), cfg, x, runtime)
+        sums = token_sums(logits, targets, weights, sources=batch.get("sources"))
         return sums.nll + z_weight * sums.z, sums
 
     x = runtime.shard(x, "batch", "seq", None)  # whole in time over tp, which splits the vocabulary here
-    if chunk is None:
-        return part(head, x, batch["targets"], batch["weights"])
-    return _chunked(part, chunk, head, x, batch["targets"], batch["weights"])
+    columns = [batch[name] for name in ("targets", "weights", "places") if name in batch]
+    return part(head, x, *columns) if chunk is None else _chunked(part, chunk, head, x, columns)
 
 
-def _chunked(
-    part: Any, chunk: int, head: Params, x: jax.Array, targets: jax.Array, weights: jax.Array
-) -> tuple[jax.Array, Sums]:
-    """`part` summed over chunks of time; its gradient is computed along with its value when it will be needed."""
+def _chunked(part: Any, chunk: int, head: Params, x: jax.Array, columns: Sequence[jax.Array]) -> tuple[jax.Array, Sums]:
+    """`part` of head, x [B, T, D] and columns [B, T], summed over chunks of time; its gradient is computed along with
+    its value when it will be needed."""
 
     # Interleaved, as microbatches are: every device that holds a part of each row has a part of each chunk.
     def split(a: jax.Array) -> jax.Array:
@@ -296,8 +306,7 @@ def _chunked(
 
     @jax.custom_vjp
     def total(head: Params, x: jax.Array) -> tuple[jax.Array, Sums]:
-        pieces = (split(x), split(targets), split(weights))
-        values = jax.lax.map(lambda piece: part(head, *piece), pieces)
+        values = jax.lax.map(lambda piece: part(head, *piece), (split(x), *map(split, columns)))
         return jax.tree.map(lambda a: a.sum(axis=0), values)
 
     def forward(head: Params, x: Any) -> tuple[tuple[jax.Array, Sums], tuple[Params, jax.Array]]:
@@ -306,17 +315,15 @@ def _chunked(
         head, still = partition(whole, jax.tree.map(lambda leaf: leaf.perturbed, head))
 
         def step(carry: Any, piece: Any) -> tuple[Any, jax.Array]:
-            x, targets, weights = piece
-            value, pull, sums = jax.vjp(
-                lambda h, x: part(combine(h, still), x, targets, weights), head, x, has_aux=True
-            )
+            x, *others = piece
+            value, pull, sums = jax.vjp(lambda h, x: part(combine(h, still), x, *others), head, x, has_aux=True)
             d_head, d_x = pull(jnp.ones((), value.dtype))
             return add(carry, ((value, sums), d_head)), d_x
 
         zeros = jax.tree.map(
             lambda s: jnp.zeros(s.shape, s.dtype), (jax.eval_shape(total, whole, x), jax.eval_shape(lambda h: h, head))
         )
-        (values, d_head), d_x = jax.lax.scan(step, zeros, (split(x), split(targets), split(weights)))
+        (values, d_head), d_x = jax.lax.scan(step, zeros, (split(x), *map(split, columns)))
         return values, (d_head, join(d_x))
 
     def backward(gradients: tuple[Params, jax.Array], cotangent: tuple[jax.Array, Sums]) -> tuple[Params, jax.Array]:

@@ -58,7 +58,7 @@ def value_and_gradient(
         new, seen = part(microbatch)
         return jax.tree.map(jnp.add, carry, new), seen
 
-    microbatches = split_microbatches(batch, accumulation) | {"microbatch": jnp.arange(accumulation, dtype=jnp.int32)}
+    microbatches = split_microbatches(batch, accumulation)
     first = {name: a[0] for name, a in microbatches.items()}
     shapes, _ = jax.eval_shape(part, first)
     (values, grads) = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
@@ -81,7 +81,7 @@ def make_train_step(
     place_gradient: Callable[[Params], Params] = lambda grads: grads,
     extend: Callable[[Batch], Batch] = lambda batch: batch,
     fetch: Callable[[TrainState], TrainState] = lambda state: state,
-    complete: Callable[[Params, TrainState, jax.Array], Params] = lambda params, _state, _microbatch: params,
+    complete: Callable[[Params, TrainState], Params] = lambda params, _state: params,
     measure: Measure | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The function (state, batch) -> (state after one update, metrics as scalars: counts int32, all others float32).
@@ -93,18 +93,15 @@ def make_train_step(
     clip_logits(parameters, largest attention logits [layers, H]) scales down, then, what makes those too large.
     place_gradient pins a microbatch's gradient to its place on the mesh. extend gives the batch what the loss needs
     beside it, before it is split. fetch brings what of a state is elsewhere to the devices, for the update.
-    complete(parameters, state, microbatch) is the model that the loss sees of the trained parameters in the microbatch
-    of that number. measure adds metrics of its own, from the gradient before clipping, the proposed update, and the
-    parameters before it.
+    complete(parameters, state) is the model that the loss sees of the trained parameters. measure adds metrics of its
+    own, from the gradient before clipping, the proposed update, and the parameters before it.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         batch = extend(batch)
 
         def of_trained(params: Params, batch: Batch, totals: Totals) -> tuple[jax.Array, Sums]:
-            number = batch.get("microbatch", jnp.zeros((), jnp.int32))
-            rows = {name: a for name, a in batch.items() if name != "microbatch"}
-            return loss(complete(params, state, number), rows, totals)
+            return loss(complete(params, state), batch, totals)
 
         value, sums, grads = value_and_gradient(
             of_trained, state.params, batch, accumulation=accumulation, place_gradient=place_gradient
