@@ -1,7 +1,7 @@
 """Tokens per second from a tokenized corpus to batches in memory: ours by kind of packing, of a mixture and with
 fill-in-the-middle, and `datasets` + torch's DataLoader, turn by turn.
 
-    python tests/benchmarks/data.py [--length 256] [--rounds 5] [--train-tokens-per-second N]
+    python tests/benchmarks/data_pipeline.py [--length 256] [--rounds 5] [--train-tokens-per-second N]
 
 All arms bring batches of 8 rows out of the same ids (the standard library's sources, a token a byte), read from the
 page cache. Theirs are rows of a fixed length in file order, in a data set on disk with torch's format and default
