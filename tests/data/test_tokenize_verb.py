@@ -306,6 +306,11 @@ def _finished(tmp_path) -> set[str]:
 # -- on a cluster
 
 
+# Ray's start forks this process, in which tests before may have begun to use JAX; what is forked only starts programs.
+forks = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@forks
 @pytest.mark.slow
 def test_a_ray_cluster_makes_the_same_cache(config, bytes_tokenizer, tmp_path, monkeypatch):
     pytest.importorskip("ray")
@@ -319,6 +324,7 @@ def test_a_ray_cluster_makes_the_same_cache(config, bytes_tokenizer, tmp_path, m
     assert made["ray"] == made["local"]
 
 
+@forks
 @pytest.mark.slow
 def test_a_source_that_vanishes_under_a_ray_cluster_is_named(config, jsonl, bytes_tokenizer, monkeypatch):
     pytest.importorskip("ray")
