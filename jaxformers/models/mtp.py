@@ -63,9 +63,8 @@ def run_module(
 ) -> tuple[jax.Array, LayerCache | None, MoEStats | None]:
     """One module over hidden states x [B, T, D], after a norm, and embeddings of further tokens [B, T, D]: hidden
     states [B, T, D] before its own norm, its layer's cache with this call's keys, and the experts' sums."""
-    p = at_places(p, ctx.places)
     both = jnp.stack([norm(p["token_norm"], token, cfg), norm(p["hidden_norm"], x, cfg)], axis=-2)
     both = ctx.shard(both, "batch", "seq", None, None)
-    x = ctx.shard(linear(both, p["proj"], n_in=2), "batch", "stream", None)
+    x = ctx.shard(linear(both, at_places(p["proj"], ctx.places), n_in=2), "batch", "stream", None)
     x, cache, stats = block(p["layer"], x, ctx, cfg, cfg.layers[-1], cache)
     return x, cache, stats.moe

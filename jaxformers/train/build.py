@@ -12,7 +12,6 @@ from functools import cached_property, partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
@@ -44,10 +43,10 @@ from jaxformers.parallel.mesh import (
     replicated,
 )
 from jaxformers.parallel.pipeline import Pipeline, plan_pipeline
-from jaxformers.train.ahead import look_ahead
 from jaxformers.train.average import averaged
 from jaxformers.train.balance import shift_expert_biases
 from jaxformers.train.checks import check_rows, check_settings
+from jaxformers.train.columns import look_ahead, number_tokens
 from jaxformers.train.config import GuardConfig, LossConfig, MonitorConfig, RuntimeConfig, TrainConfig
 from jaxformers.train.losses import Batch, chunk_length, eval_sums, lm_loss
 from jaxformers.train.measure import make_measure, name_metrics
@@ -101,8 +100,7 @@ class Trainer:
 
     @cached_property
     def tx(self) -> optax.GradientTransformation:
-        slots = None if self._arranged is None else self._arranged.slots
-        tx = self._optimizer(self._spec, slots=slots)
+        tx = self._optimizer(self._spec, slots=self._slots)
         factors = self._factors
         return tx if factors is None else optax.chain(tx, scale_updates(self._inward(factors)))
 
@@ -213,6 +211,11 @@ class Trainer:
         return None if self.pipeline is None or self.pipeline.is_plain else self.pipeline
 
     @property
+    def _slots(self) -> np.ndarray | None:
+        """Which repeats the places of the longest stack hold, where the pipeline has changed their order."""
+        return None if self._arranged is None else self._arranged.slots
+
+    @property
     def _unrolled(self) -> bool:
         return self._runtime.layers == "unroll"
 
@@ -229,7 +232,7 @@ class Trainer:
         tx = tx if self._factors is None else optax.chain(tx, scale_updates(self._factors))
         if self.adapter is not None or rest is None:
             return self._abstract(spec, tx)
-        return _completed(self._abstract(spec, tx, rest))
+        return self._abstract(spec, tx, rest).completed()
 
     @cached_property
     def abstract_state(self) -> TrainState:
@@ -362,10 +365,10 @@ class Trainer:
         if self.adapter is not None:
             state, places = state.replace(frozen=None), places.replace(frozen=None)
         if self._is_plain:
-            return _completed(state)
+            return state.completed()
 
         def outward(state: TrainState) -> TrainState:
-            return _completed(map_params(self._outward, self._fetch(state, places)))
+            return map_params(self._outward, self._fetch(state, places)).completed()
 
         return together(jax.jit(outward, out_shardings=state_shardings(self.plain_state)), "compile the save")(state)
 
@@ -454,8 +457,7 @@ class Trainer:
         if not self._drops:
             return whole
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        slots = None if self._arranged is None else self._arranged.slots
-        return with_keys(whole, self.cfg, key, slots=slots)
+        return with_keys(whole, self.cfg, key, slots=self._slots)
 
     @property
     def runs_mtp(self) -> bool:
@@ -467,10 +469,7 @@ class Trainer:
         and what comes further on."""
         shard, order = self._runtime.shard, self.column_order
         if self._drops:
-            rows, length = batch["tokens"].shape
-            columns = jnp.arange(length, dtype=jnp.int32) if order is None else jnp.asarray(order, jnp.int32)
-            places = jnp.arange(rows, dtype=jnp.int32)[:, None] * length + columns
-            batch = {**batch, "places": shard(places, "batch", "seq")}
+            batch = number_tokens(batch, order=order, shard=shard)
         if self.runs_mtp:
             batch = look_ahead(batch, self.cfg.mtp_modules, order=order, shard=shard)
         return batch
@@ -478,8 +477,7 @@ class Trainer:
     @property
     def _balance(self) -> Callable[[Params, jax.Array], Params] | None:
         rate = self.loss.expert_bias_rate
-        slots = None if self._arranged is None else self._arranged.slots
-        return partial(shift_expert_biases, cfg=self.cfg, rate=rate, slots=slots) if rate else None
+        return partial(shift_expert_biases, cfg=self.cfg, rate=rate, slots=self._slots) if rate else None
 
     def _with_settings(
         self, function: Callable[..., Any], *, rows: int, runtime: Runtime | None = None
@@ -491,11 +489,3 @@ class Trainer:
         devices = self.mesh.size // self.mesh.shape["pp"]
         chunk = chunk_length(self.loss, rows=rows, length=length, vocab_size=vocab, devices=devices, context_shards=cp)
         return partial(function, cfg=self.cfg, runtime=runtime or self._runtime, config=self.loss, chunk=chunk)
-
-
-def _completed(state: TrainState) -> TrainState:
-    """The state with weights that are not trained among the others, and in their average."""
-    if state.frozen is None:
-        return state
-    ema = None if state.ema is None else combine(state.ema, state.frozen)
-    return state.replace(params=state.model, ema=ema, frozen=None)

@@ -105,8 +105,8 @@ def lm_loss(
     """This microbatch's share of the loss to minimise, and its sums.
 
     Shares of all microbatches add up to the loss of the batch whose `totals` are given: cross-entropy and z-loss per
-    weighted target, the experts' losses per token and sparse layer, and, for a batch that `ahead.look_ahead` made, that
-    of multi-token prediction, whose sparse layers are then among those. `chunk` is as `chunk_length` gives it.
+    weighted target, the experts' losses per token and sparse layer, and, for a batch that `columns.look_ahead` made,
+    that of multi-token prediction, whose sparse layers are then among those. `chunk` is as `chunk_length` gives it.
     """
     params = gather_shared(params, cfg, runtime)
     if runtime.run_loss is not None:
@@ -140,7 +140,7 @@ def further_loss(
     params: Params, x: jax.Array, batch: Batch, cfg: ModelConfig, runtime: Runtime, *, chunk: int | None
 ) -> tuple[jax.Array, MoEStats | None]:
     """The loss of multi-token prediction over the decoder's hidden states x [B, T, D], and the statistics of its sparse
-    layers: cross-entropy, weighted as `ahead.look_ahead` says, without a z-loss.
+    layers: cross-entropy, weighted as `columns.look_ahead` says, without a z-loss.
     """
     states, stats = run_modules(
         params,

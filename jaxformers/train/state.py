@@ -40,6 +40,13 @@ class TrainState:
         """All parameters as one tree, from no copies."""
         return self.params if self.frozen is None else combine(self.params, self.frozen)
 
+    def completed(self) -> TrainState:
+        """The state with weights that are not trained among the others, and in their average."""
+        if self.frozen is None:
+            return self
+        ema = None if self.ema is None else combine(self.ema, self.frozen)
+        return self.replace(params=self.model, ema=ema, frozen=None)
+
 
 def new_state(
     params: Params,

@@ -15,8 +15,8 @@ from jaxformers.families import read_config
 from jaxformers.hub.pretrained import write_pretrained
 from jaxformers.models.params import count_params, flops_per_token
 from jaxformers.models.runtime import Runtime
-from jaxformers.train.ahead import look_ahead
 from jaxformers.train.balance import shift_expert_biases
+from jaxformers.train.columns import look_ahead
 from jaxformers.train.config import LossConfig
 from jaxformers.train.losses import Totals, lm_loss
 from jaxformers.train.step import value_and_gradient

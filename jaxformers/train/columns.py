@@ -1,4 +1,5 @@
-"""What modules for multi-token prediction read and are to predict: columns of a batch, taken further on in its rows.
+"""What a step adds to its batch: the tokens' numbers, and what modules for multi-token prediction read and are to
+predict, which are columns taken further on in the rows.
 
 B batch, T time, M modules
 """
@@ -13,6 +14,19 @@ import numpy as np
 
 from jaxformers.models.runtime import no_shard
 from jaxformers.train.losses import Batch
+
+
+def number_tokens(
+    batch: Batch, *, order: np.ndarray | None = None, shard: Callable[..., jax.Array] = no_shard
+) -> dict[str, jax.Array]:
+    """A whole batch [B, T] with `places` int32 [B, T], each token's number in it, row by row.
+
+    order: where in its row the token of each column stands, int [T]; None = in its column.
+    """
+    rows, length = batch["tokens"].shape
+    column = jnp.arange(length, dtype=jnp.int32) if order is None else jnp.asarray(order, jnp.int32)
+    places = jnp.arange(rows, dtype=jnp.int32)[:, None] * length + column
+    return {**batch, "places": shard(places, "batch", "seq")}
 
 
 def look_ahead(
