@@ -7,7 +7,7 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -135,7 +135,7 @@ def run(served: Served, options: Options, listener: socket.socket) -> None:
     """Serves until told to end, on a socket that listens already."""
     if options.access_log:
         _log_requests()
-    server = Server(served, options)
+    server = Server(served, options, at_ready=lambda: print("ready", flush=True))
     tls = options.address.certificate is not None
     print(f"{served.name} listens at {url_of(listener, tls=tls)}", flush=True)
     server.run(sockets=[listener])
@@ -144,11 +144,12 @@ def run(served: Served, options: Options, listener: socket.socket) -> None:
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which says when the engine is ready, ends with it, and drains when told to end."""
+    """uvicorn's server, which calls `at_ready` once the engine is warm, ends with it, and drains when told to end."""
 
-    def __init__(self, served: Served, options: Options):
+    def __init__(self, served: Served, options: Options, *, at_ready: Callable[[], None] | None = None):
         app = build_app(served, options.settings)
         self.driver: Driver = app.state.server.driver
+        self._at_ready = at_ready
         self._drain_seconds = options.settings.limits.drain_seconds
         self._loop: asyncio.AbstractEventLoop | None = None
         config = uvicorn.Config(
@@ -174,8 +175,8 @@ class Server(uvicorn.Server):
     async def _follow(self) -> None:
         ready, broken = (asyncio.create_task(event.wait()) for event in (self.driver.ready, self.driver.broken))
         await asyncio.wait((ready, broken), return_when=asyncio.FIRST_COMPLETED)
-        if ready.done():
-            print("ready", flush=True)
+        if ready.done() and self._at_ready is not None:
+            self._at_ready()
         await broken
         self.should_exit = True
 
