@@ -36,7 +36,7 @@ class Live:
     def get(self, path: str, **options) -> httpx.Response:
         return self.client.get(f"{self.url}{path}", **options)
 
-    def idle(self, seconds: float = 3.0) -> bool:
+    def idle(self, seconds: float = 10.0) -> bool:
         """Whether the engine comes to rest: no slot taken, nothing waiting."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:

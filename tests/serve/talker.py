@@ -59,12 +59,12 @@ class Talker:
     eos: int = 257
     tokens_a_step: int = 4
     pause: float = 0.0
-    warming: float = 0.0
     broken: Exception | None = None
     adapters: tuple[str, ...] = ("tuned",)
     seen: list[Request] = field(default_factory=list)
     steps: int = 0
     gate: threading.Event = field(default_factory=threading.Event)
+    warm: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self):
         self._lock = threading.Lock()
@@ -74,6 +74,7 @@ class Talker:
         self._next = 0
         self.finished = self.cancelled = self.new_tokens = self.prompt_tokens = 0
         self.gate.set()
+        self.warm.set()
 
     def submit(self, request: Request) -> int:
         if len(request.prompt) + request.max_new_tokens > self.max_length:
@@ -102,7 +103,7 @@ class Talker:
         return bool(self._waiting or self._running or self._cancelled)
 
     def step(self) -> list[Event]:
-        self.gate.wait(10)
+        self.gate.wait(30)
         if self.broken is not None:
             raise self.broken
         time.sleep(self.pause)
@@ -182,7 +183,7 @@ class Talker:
         )
 
     def warm_up(self) -> None:
-        time.sleep(self.warming)
+        self.warm.wait(30)
 
 
 def counts_of(prompt) -> np.ndarray:
