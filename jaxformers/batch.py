@@ -6,7 +6,7 @@ Answers are written as they are finished, so their order is none; `index` says w
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -66,6 +66,8 @@ def generate_file(
     progress = resume(source, target, chosen)
     summary = Summary(progress.total, len(progress.done))
     on_progress(summary)
+    if not target.exists():
+        target.touch()  # no prompts have no answers, which is a result
     if len(progress.done) < progress.total:
         engine = _engine(model, slots, max_length)
         # Half a surrogate pair, which JSON can spell and UTF-8 cannot, is escaped again.
@@ -135,15 +137,16 @@ class _Batch:
 
     def _submit(self, line: Line) -> None:
         try:
-            request, text = self._request(parse(line))
+            request, stop_texts = self._request(parse(line))
             number = self._engine.submit(request)
         except (ValueError, TypeError) as error:
             self._fail(line, " ".join(str(error).split()))
             return
+        text = StoppableText(self._model.tokenizer, stop_texts, prompt=request.prompt)
         self._answers[number] = _Answer(line, text, len(request.prompt))
 
-    def _request(self, task: Task) -> tuple[Request, StoppableText]:
-        """What the engine is asked for, and the text that will come of it."""
+    def _request(self, task: Task) -> tuple[Request, Sequence[str]]:
+        """What the engine is asked for, and the texts that end what comes of it."""
         model, settings = self._model, replace(self._settings, **task.settings)
         prompt = list(encode(model, task.prompt)) if task.messages is None else self._conversation(task.messages)
         knobs = sampling_params(settings, model.generation, 1, 0 if "seed" in task.settings else task.index)
@@ -155,7 +158,7 @@ class _Batch:
             stop_ids=stops.ids,
             **{name: getattr(knobs, name)[0].item() for name in KNOBS},
         )
-        return request, StoppableText(model.tokenizer, stops.texts, prompt=prompt)
+        return request, stops.texts
 
     def _conversation(self, messages: list[dict[str, Any]]) -> list[int]:
         tokenizer = self._model.tokenizer

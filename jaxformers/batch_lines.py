@@ -56,7 +56,7 @@ class Task:
 
 def read_lines(path: Path) -> Iterator[Line]:
     """The lines of a file of prompts. ValueError for one that is not UTF-8."""
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:  # some editors put a mark at its beginning
         try:
             lines = ((number, line.strip()) for number, line in enumerate(file, start=1))
             for index, (number, text) in enumerate((number, text) for number, text in lines if text):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -54,7 +55,11 @@ class Settings:
     batch_size: int = 16
 
     def __post_init__(self) -> None:
-        if not all(isinstance(text, str) and text for text in self.stop_texts):
+        for name in ("max_new_tokens", "temperature", *_FROM_MODEL, "presence_penalty", "frequency_penalty", "seed"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
+                raise ValueError(f"{name} is {value!r}; it must be a number")
+        if not isinstance(self.stop, Sequence) or not all(isinstance(text, str) and text for text in self.stop_texts):
             raise ValueError(f"stop is {self.stop!r}; it must be a text, or several, none of them empty")
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}; it must be at least 1")

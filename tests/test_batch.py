@@ -102,10 +102,19 @@ BAD = [
     ({"prompt": ["a"]}, "its prompt is neither a text nor a list of token ids"),
     ({"messages": [5]}, "its messages are no list of objects that have a role"),
     ({"prompt": [5, 300]}, "prompt has the id 300, but the model's ids are 0 to 299"),
+    ({"prompt": [-1]}, "prompt has the id -1"),
+    ({"prompt": [2**32]}, "prompt has the id 4294967296"),
+    ({"prompt": [10**30]}, "prompt must be token ids"),
     ({"prompt": "a" * 60}, "together; this engine's max_length is 64"),
     ({"prompt": "a", "max_new_tokens": 0}, "max_new_tokens is 0"),
     ({"prompt": "a", "max_new_tokens": 2.5}, "max_new_tokens is 2.5; it must be an integer"),
     ({"prompt": "a", "temperature": "hot"}, "temperature is 'hot'"),
+    ({"prompt": "a", "temperature": 10**400}, "temperature is 1000"),
+    ({"prompt": "a", "top_k": 10**400}, "top_k is 1000"),
+    ({"prompt": "a", "temperature": [0.5]}, "temperature is [0.5]; it must be a number"),
+    ({"prompt": "a", "max_new_tokens": True}, "max_new_tokens is True; it must be a number"),
+    ({"prompt": "a", "presence_penalty": "1"}, "presence_penalty is '1'; it must be a number"),
+    ({"prompt": "a", "stop": {"a": 1}}, "stop is {'a': 1}; it must be a text, or several"),
     ({"prompt": "a", "stop": [""]}, "stop is"),
     ({"prompt": "\ud800", "id": "\ud801"}, ""),
 ]
@@ -136,6 +145,15 @@ def test_a_run_goes_on_behind_whole_lines_and_tries_errors_again(model, files):
     assert answers(files[1]) == whole
     assert files[1].read_bytes().startswith(b"".join(lines[:4]))
     assert (summary.earlier, summary.answered) == (4, 7)
+
+
+def test_a_mark_at_the_beginning_is_no_part_of_the_first_line_and_no_prompts_have_no_answers(model, files):
+    files[0].write_bytes(b'\xef\xbb\xbf"alpha"\n')
+    assert run(model, files).errors == 0
+    files[0].write_bytes(b"\n")
+    files[1].unlink()
+    assert run(model, files).total == 0
+    assert files[1].read_bytes() == b""
 
 
 def test_nothing_runs_where_all_is_answered(model, files, monkeypatch):

@@ -41,8 +41,8 @@ class BeamSettings:
     def __post_init__(self) -> None:
         if self.num_beams < 1:
             raise ValueError(f"num_beams is {self.num_beams}; it must be at least 1")
-        if not np.isfinite(self.length_penalty):
-            raise ValueError(f"length_penalty is {self.length_penalty}; it must be finite")
+        if not -5 <= self.length_penalty <= 5:  # float32 holds the power for any length
+            raise ValueError(f"length_penalty is {self.length_penalty}; it must be from -5 to 5")
         if self.early_stopping not in (True, False, "never"):
             raise ValueError(f"early_stopping is {self.early_stopping!r}; it must be True, False or 'never'")
 

@@ -43,7 +43,7 @@ _KNOBS = {
     "top_k": _Knob(np.int32, lambda v: v >= 0, "an integer of at least 0 (0 is off)"),
     "top_p": _Knob(np.float32, lambda v: (v > 0) & (v <= 1), "above 0 and at most 1 (1 is off)"),
     "min_p": _Knob(np.float32, lambda v: (v >= 0) & (v <= 1), "from 0 to 1 (0 is off)"),
-    "repetition_penalty": _Knob(np.float32, lambda v: np.isfinite(v) & (v > 0), "finite and above 0 (1 is off)"),
+    "repetition_penalty": _Knob(np.float32, lambda v: (v >= 0.01) & (v <= 100), "from 0.01 to 100 (1 is off)"),
     "presence_penalty": _Knob(np.float32, lambda v: np.abs(v) <= 2, "from -2 to 2 (0 is off)"),
     "frequency_penalty": _Knob(np.float32, lambda v: np.abs(v) <= 2, "from -2 to 2 (0 is off)"),
     "seed": _Knob(np.uint32, lambda v: v >= 0, "an integer from 0 to 2**32 - 1"),
@@ -111,7 +111,7 @@ def _checked(name: str, values: Values, batch: int) -> np.ndarray:
     knob = _KNOBS[name]
     try:
         exact = np.asarray(values, np.float64)  # holds every int32 and uint32
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{name} is {values!r}, but must be a number or one per row: {knob.words}") from None
     if exact.shape not in ((), (batch,)):
         raise ValueError(f"{name} has shape {exact.shape}, but must be one number or one for each of {batch} rows")

@@ -83,7 +83,8 @@ def test_one_beam_is_the_likeliest_token_each_time():
     "settings, line",
     [
         ({"num_beams": 0}, "num_beams is 0; it must be at least 1"),
-        ({"num_beams": 2, "length_penalty": float("nan")}, "length_penalty is nan; it must be finite"),
+        ({"num_beams": 2, "length_penalty": float("nan")}, "length_penalty is nan; it must be from -5 to 5"),
+        ({"num_beams": 2, "length_penalty": 400.0}, "length_penalty is 400.0; it must be from -5 to 5"),
         ({"num_beams": 2, "early_stopping": "soon"}, "early_stopping is 'soon'; it must be True, False or 'never'"),
         ({"num_beams": 34}, "num_beams is 34, which takes 68 continuations with 1 stop ids; this model has 67 tokens"),
     ],

@@ -417,7 +417,7 @@ REFUSED = [
     ("top_p", 1e-60, "top_p is 1e-60"),
     ("min_p", -0.01, "min_p is -0.01, but must be from 0 to 1"),
     ("min_p", 1.5, "min_p is 1.5"),
-    ("repetition_penalty", 0, "repetition_penalty is 0, but must be finite and above 0"),
+    ("repetition_penalty", 0, "repetition_penalty is 0, but must be from 0.01 to 100"),
     ("repetition_penalty", -1.2, "repetition_penalty is -1.2"),
     ("presence_penalty", 2.1, "presence_penalty is 2.1, but must be from -2 to 2"),
     ("frequency_penalty", float("nan"), "frequency_penalty is nan, but must be from -2 to 2"),

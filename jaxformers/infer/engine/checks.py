@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from numbers import Integral
+from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +15,8 @@ from jaxformers.infer.request import POOLINGS, EngineConfig, Request
 from jaxformers.infer.sampling import SamplingParams
 from jaxformers.models.config import ModelConfig
 
+MOST_BIAS = 1e9  # either way: far more than any logit, and no sum of such numbers overflows float32
+
 
 def check_request(request: Request, cfg: ModelConfig, config: EngineConfig, sizes: Sizes) -> None:
     """ValueError for a request that this engine could never answer."""
@@ -22,18 +24,26 @@ def check_request(request: Request, cfg: ModelConfig, config: EngineConfig, size
     if not len(request.prompt):
         raise ValueError("the prompt has no tokens; a model continues at least one, such as its BOS token")
     _check_budget(request, config, sizes)
+    for name in KNOBS:
+        if not _is_number(value := getattr(request, name)):
+            raise ValueError(f"{name} is {value!r}; it must be a number")
     SamplingParams.create(1, **{name: getattr(request, name) for name in KNOBS})
+    if not isinstance(request.priority, Integral):
+        raise ValueError(f"priority is {request.priority!r}; it must be an integer")
     if request.seed is not None and not (isinstance(request.seed, Integral) and 0 <= request.seed < 2**32):
         raise ValueError(f"seed is {request.seed!r}; it must be an integer from 0 to 2**32 - 1")
     _check_ids("logit_bias", list(request.logit_bias), cfg.vocab_size)
     for token, value in request.logit_bias.items():
-        if not math.isfinite(value):
-            raise ValueError(f"logit_bias of {token} is {value}; it must be finite")
+        if not (_is_number(value) and -MOST_BIAS <= value <= MOST_BIAS):
+            raise ValueError(f"logit_bias of {token} is {value}; it must be a number from -1e9 to 1e9")
     _check_ids("stop_ids", request.stop_ids, cfg.vocab_size)
+    if request.min_new_tokens and len({*request.stop_ids}) == cfg.vocab_size:
+        told = "but stop_ids are all ids that the model has"
+        raise ValueError(f"min_new_tokens is {request.min_new_tokens}, {told}, so that none can come before them")
     for name in ("logprobs", "prompt_logprobs"):
         value = getattr(request, name)
-        if value is not None and not 0 <= value <= TOP:
-            raise ValueError(f"{name} is {value}; it must be from 0 to {TOP}")
+        if value is not None and not (isinstance(value, Integral) and 0 <= value <= TOP):
+            raise ValueError(f"{name} is {value!r}; it must be an integer from 0 to {TOP}")
 
 
 def _check_budget(request: Request, config: EngineConfig, sizes: Sizes) -> None:
@@ -62,6 +72,10 @@ def pages_needed(request: Request, page_size: int) -> int:
     state is wanted."""
     last = request.pooling is None
     return -(-max(len(request.prompt) + request.max_new_tokens - last, 1) // page_size)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _check_ids(what: str, ids: Sequence[int], vocab_size: int) -> None:

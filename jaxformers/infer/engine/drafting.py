@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 from jaxformers.infer.engine.choosing import choose
 from jaxformers.infer.engine.foresight import Foresight
-from jaxformers.infer.engine.placement import paged_runtime
+from jaxformers.infer.engine.placement import mesh_of, paged_runtime
 from jaxformers.infer.engine.programs import NO_TOKEN, VECTORIZED, after, piece_positions
 from jaxformers.infer.engine.running import Running, slots_of
 from jaxformers.infer.engine.sizes import Sizes
@@ -89,6 +89,9 @@ def make_drafter(
     if draft.config.learned_positions and draft.config.context_length < sizes.max_length:
         told = f"the draft model has positions up to {draft.config.context_length}"
         raise ValueError(f"{told}, but max_length is {sizes.max_length}")
+    if (there := set(mesh_of(draft.params).devices.flat)) != set(mesh.devices.flat):
+        told = f"the draft model is on {len(there)} device(s), and the model on {mesh.size}"
+        raise ValueError(f"{told}; both must be on the same ones")
     return DraftModel(draft, config, sizes, mesh)
 
 

@@ -35,6 +35,16 @@ class Replicas:
         """One engine for each part of the model's mesh along dp, each with `config` to itself."""
         return cls([Engine(_part(model, mesh), config) for mesh in split_replicas(model.mesh)])
 
+    @property
+    def adapters(self) -> Sequence[str]:
+        """As `Engine.adapters`, which are the same in all."""
+        return self.engines[0].adapters
+
+    @property
+    def vocab_size(self) -> int:
+        """As `Engine.vocab_size`."""
+        return self.engines[0].vocab_size
+
     def submit(self, request: Request) -> int:
         """As `Engine.submit`; QueueFull where too much waits in all of them."""
         full: QueueFull | None = None
