@@ -61,7 +61,7 @@ class Tokenizer:
         try:
             _add_missing_tokens(self._text, tokens, config)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{origin}: tokenizer_config.json has a damaged added_tokens_decoder") from error
+            raise ValueError(f"{origin}: tokenizer_config.json has damaged added tokens") from error
         self.bos_id = self._id_of(tokens.get("bos_token"))
         self.eos_id = self._id_of(tokens.get("eos_token"))
         self.pad_id = self._id_of(tokens.get("pad_token"))
@@ -401,16 +401,23 @@ def _content(token: Any) -> str:
 
 def _add_missing_tokens(text: tokenizers.Tokenizer, named: Mapping[str, str], config: Mapping[str, Any]) -> None:
     """Adds the tokens that only the settings name, in the order in which `transformers` gives them ids."""
-    have = {token.content for token in text.get_added_tokens_decoder().values()}
     listed = sorted(config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0]))
-    missing = [
-        AddedToken(**{key: value for key, value in token.items() if key != "__type"})
-        for _, token in listed
-        if token["content"] not in have
-    ]
-    have |= {token.content for token in missing}
-    missing += [AddedToken(token, special=True) for token in dict.fromkeys(named.values()) if token not in have]
-    text.add_tokens(missing)
+    wanted = [_added(token) for token in (*(dict(token) for _, token in listed), *named.values())]
+    for key in ("extra_special_tokens", "additional_special_tokens"):  # of the model's own names, and without one
+        tokens = config.get(key) or ()
+        wanted += [_added(token) for token in (tokens.values() if isinstance(tokens, Mapping) else tokens)]
+    have = {token.content for token in text.get_added_tokens_decoder().values()}
+    missing: dict[str, AddedToken] = {}
+    for token in wanted:
+        if token.content not in have:
+            missing.setdefault(token.content, token)
+    text.add_tokens(list(missing.values()))
+
+
+def _added(token: Any) -> AddedToken:
+    if isinstance(token, Mapping):
+        return AddedToken(**{key: value for key, value in token.items() if key != "__type"})
+    return AddedToken(token, special=True)
 
 
 def _chat_templates(files: Mapping[str, bytes], config: Mapping[str, Any]) -> dict[str, str]:

@@ -7,6 +7,7 @@ from jaxformers.models.config import ModelConfig
 
 
 def read_gpt_bigcode(c: Keys) -> ModelConfig:
+    fam.gpt_aliases(c)
     c.expect(scale_attn_weights=True)
     single = c.flag("multi_query", True)
     positions, kv_heads = c.integer("n_positions", 1024), 1 if single else c.integer("n_head")

@@ -6,11 +6,12 @@ from jaxformers.models.config import ModelConfig
 
 
 def read_bloom(c: Keys) -> ModelConfig:
+    c.alias(num_attention_heads="n_head", num_hidden_layers="n_layer")
     c.expect(apply_residual_connection_post_layernorm=False)
     width = "n_embed" if c.integer("n_embed", None) else "hidden_size"
     c.integer("hidden_size", None)
     c.skip("offset_alibi", "masked_softmax_fusion", "bias_dropout_fusion", "skip_bias_add", "skip_bias_add_qkv")
-    c.skip("attention_softmax_in_fp32", "unk_token_id")
+    c.skip("attention_softmax_in_fp32", "unk_token_id", "pretraining_tp")  # the last: slices of sums
     return fam.gpt_config(
         c,
         width=width,

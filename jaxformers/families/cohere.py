@@ -34,7 +34,7 @@ def read_cohere2(c: Keys) -> ModelConfig:
     c.expect(use_qk_norm=False)
     # Settings of published files that say what the type always does.
     c.expect(use_parallel_block=True, use_embedding_sharing=True, use_gated_activation=True, rotary_pct=1.0)
-    c.expect(use_parallel_embedding=False, position_embedding_type="rope_gptj", layer_switch=pattern)
+    c.expect(position_embedding_type="rope_gptj", layer_switch=pattern)
     c.expect(order_of_interleaved_layers="local_attn_first")
     return _cohere(c, tuple(local if t == "sliding_attention" else LayerKind() for t in types))
 

@@ -250,6 +250,12 @@ def even_heads(c: Keys, width: str, heads: str) -> int:
     return c.integer(width) // c.integer(heads)
 
 
+def gpt_aliases(c: Keys) -> None:
+    """GPT-2's keys under the names that later types gave them."""
+    c.alias(hidden_size="n_embd", num_attention_heads="n_head", num_hidden_layers="n_layer")
+    c.alias(max_position_embeddings="n_positions")
+
+
 # Llama's keys of those that `gpt_config` asks for.
 LLAMA_KEYS = {"width": "hidden_size", "heads": "num_attention_heads", "layers": "num_hidden_layers"}
 
@@ -377,7 +383,8 @@ def rope(
     layer_type: str | None = None,
     interleaved: bool = False,
     theta: float = 1e4,
-    fraction: float = 1.0,
+    fraction: float | None = None,
+    context: int | None = None,
     original: int | None = None,
     beside: Sequence[str] = (),
     renamed: Mapping[str, str] | None = None,
@@ -385,24 +392,29 @@ def rope(
     """Rotary settings from either spelling: `rope_parameters` (possibly one a layer type), or `rope_theta` with
     `rope_scaling`.
 
-    theta, fraction (of the head that is rotated) and original (positions before scaling) are the family's defaults;
-    beside: keys among the settings that are not about the rotation; renamed: the family's names of scalings.
+    theta, fraction (of the head that is rotated; None: always all of it), context (positions) and original (positions
+    before scaling) are the family's defaults; beside: keys among the settings that are not about the rotation; renamed:
+    the family's names of scalings.
     """
     table = c.table("rope_parameters", {})
-    if layer_type is not None and isinstance(table.get(layer_type), Mapping):
+    if layer_type is not None and table:
+        if not isinstance(table.get(layer_type), Mapping):
+            raise c.error("rope_parameters", dict(table), f"settings for each of layer_types, {layer_type} among them")
         table = table[layer_type]
     old = c.table("rope_scaling", {})
     if old and any(old.get(key) != value for key, value in table.items() if key != "rope_theta"):
         raise c.error("rope_scaling", dict(old), "absent beside rope_parameters that say something else")
     old_theta, old_fraction = c.number("rope_theta", None), c.number("partial_rotary_factor", None)
     values = Keys({**old, **table, "model_type": f"{c.model_type} rope"})
-    values.skip(*beside)
+    values.skip("finetuned", *beside)  # the first says of a YaRN that it was trained with
     base = values.number("rope_theta", theta if old_theta is None else old_theta)
-    fraction = values.number("partial_rotary_factor", fraction if old_fraction is None else old_fraction)
-    context = c.integer("max_position_embeddings")
+    turned = values.number("partial_rotary_factor", (fraction or 1.0) if old_fraction is None else old_fraction)
+    if fraction is None and turned != 1:
+        raise c.error("partial_rotary_factor", turned, "1 in this type, which turns whole heads")
+    context = c.integer("max_position_embeddings", context) if context else c.integer("max_position_embeddings")
     scaling = rope_scaling(values, context, c.integer("original_max_position_embeddings", original), renamed or {})
     values.finish()
-    rotated = int(dim * fraction) // 2 * 2
+    rotated = int(dim * turned) // 2 * 2
     if isinstance(scaling, LongRopeScaling) and len(scaling.short) != rotated // 2:
         raise values.error("short_factor", list(scaling.short), f"{rotated // 2} numbers, one a rotated pair")
     return Rope(rotated, base, interleaved, scaling)

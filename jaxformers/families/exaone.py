@@ -7,7 +7,11 @@ from jaxformers.models.config import LayerKind, ModelConfig
 
 def read_exaone4(c: Keys) -> ModelConfig:
     window = c.integer("sliding_window", 4096, null=None)
-    pattern = c.integer("sliding_window_pattern", 4, null=0, minimum=0)
+    if c.sequence("layer_types", None):
+        c.skip("sliding_window_pattern")  # "LLLG" in a published file
+        pattern = 4
+    else:
+        pattern = c.integer("sliding_window_pattern", 4, null=0, minimum=0)
     if window is not None and not pattern:
         raise c.error("sliding_window_pattern", pattern, "1 or more where there is a sliding_window")
     types = fam.layer_types(c, lambda i: "sliding_attention" if window and (i + 1) % pattern else "full_attention")

@@ -8,6 +8,7 @@ from jaxformers.models.config import ModelConfig
 def read_falcon(c: Keys) -> ModelConfig:
     width = "n_embed" if c.integer("n_embed", None) else "hidden_size"
     heads, size = c.integer("num_attention_heads"), fam.even_heads(c, width, "num_attention_heads")
+    c.expect(apply_residual_connection_post_layernorm=False)
     alibi = c.flag("alibi", False)
     if alibi:
         c.skip("rope_parameters")
@@ -19,12 +20,13 @@ def read_falcon(c: Keys) -> ModelConfig:
     return fam.gpt_config(
         c,
         **fam.LLAMA_KEYS | {"width": width},
-        rope=None if alibi else fam.rope(c, size),
+        rope=None if alibi else fam.rope(c, size, context=2048),
         num_kv_heads=groups if grouped else 1 if single else heads,
         d_ff=c.integer("ffn_hidden_size", 4 * c.integer(width)),
         context_length=c.integer("max_position_embeddings", 2048),
         alibi=alibi,
         alibi_scale=size**-0.5,  # the biases are scaled with the products that they are added to
+        alibi_rounded=alibi,
         parallel=parallel,
         shared_norm=parallel and norms_before == 1,
         activation=c.choice("activation", fam.ACTIVATIONS, "gelu"),

@@ -24,7 +24,13 @@ def read_gemma3(c: Keys) -> ModelConfig:
 def _local_rope(c: Keys, dim: int) -> Rope:
     """The local layers' rope: unscaled, with a base of its own, under a key of its own in older files."""
     base = c.number("rope_local_base_freq", 10_000.0)
-    return fam.rope(c, dim, layer_type="sliding_attention") if c.table("rope_parameters", None) else Rope(dim, base)
+    nested = c.table("rope_parameters", None)
+    if not nested:
+        return Rope(dim, base)
+    turn = fam.rope(c, dim, layer_type="sliding_attention", theta=base)
+    if turn.theta != base and "rope_theta" not in nested["sliding_attention"]:
+        raise c.error("rope_theta", turn.theta, "in rope_parameters where these are given")
+    return turn
 
 
 FAMILIES = {"gemma3_text": fam.Family(read_gemma3, gemma2_names)}

@@ -6,6 +6,7 @@ from jaxformers.models.config import ModelConfig
 
 
 def read_gpt2(c: Keys) -> ModelConfig:
+    fam.gpt_aliases(c)
     c.expect(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
     positions = c.integer("n_positions", 1024)
     c.expect(n_ctx=positions)

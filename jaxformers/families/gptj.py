@@ -6,6 +6,7 @@ from jaxformers.models.config import ModelConfig, Rope
 
 
 def read_gptj(c: Keys) -> ModelConfig:
+    fam.gpt_aliases(c)
     size = fam.even_heads(c, "n_embd", "n_head")
     return fam.gpt_config(
         c,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Mapping
 from difflib import get_close_matches
+from importlib import resources
 from typing import Any
 
 # Keys that describe a file, a training run, a tokenizer or an output format: none of them changes what is computed.
@@ -32,6 +35,13 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_mrope": (False,),
 }
 _MISSING = object()
+
+
+@functools.cache
+def unused() -> dict[str, list[str]]:
+    """By type, keys that published files hold and that the reference implementation of the type reads nowhere; under
+    "*", those of any type."""
+    return json.loads(resources.files(__package__).joinpath("unused.json").read_text(encoding="utf-8"))
 
 
 class Keys:
@@ -85,6 +95,16 @@ class Keys:
             if value is not None and value not in allowed:
                 raise self.error(key, value, " or ".join(repr(a) for a in allowed))
 
+    def alias(self, **known: str) -> None:
+        """Reads keys under the names that they are other spellings of. ValueError where both are there and differ."""
+        for other, key in known.items():
+            value = self.values.get(other)
+            if self.values.get(key) not in (None, value) and value is not None:
+                raise self.error(other, value, f"what {key} is, {self.values[key]!r}")
+            if value is not None:
+                self.values = {**self.values, key: value}
+            self._read.add(other)
+
     def skip(self, *keys: str) -> None:
         """Marks keys of this family that change nothing of what is computed."""
         self._read.update(keys)
@@ -95,7 +115,12 @@ class Keys:
     def finish(self) -> None:
         """Raises ValueError naming every key that changes the model in a way nobody here read."""
         unread = {k: v for k, v in self.values.items() if k not in self._read and k not in IRRELEVANT}
-        unread = {k: v for k, v in unread.items() if not (k in NEUTRAL and v in NEUTRAL[k]) and v is not None}
+        known = {*unused()["*"], *unused().get(self.model_type, ())}
+        unread = {
+            k: v
+            for k, v in unread.items()
+            if not (k in NEUTRAL and v in NEUTRAL[k]) and v is not None and k not in known
+        }
         if unread:
             key, value = next(iter(unread.items()))
             near = get_close_matches(key, sorted(self._read), n=1)

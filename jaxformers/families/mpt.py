@@ -6,6 +6,7 @@ from jaxformers.models.config import ModelConfig
 
 
 def read_mpt(c: Keys) -> ModelConfig:
+    c.alias(hidden_size="d_model", num_attention_heads="n_heads", num_hidden_layers="n_layers")
     c.expect(expansion_ratio=4, no_bias=True, embedding_fraction=1.0, norm_type="low_precision_layernorm")
     # Of no effect in the reference implementation.
     c.skip("learned_pos_emb", "logit_scale", "use_pad_tok_in_ffn", "init_config", "ffn_config", "verbose")

@@ -7,6 +7,7 @@ from jaxformers.models.config import ModelConfig
 
 def read_gpt_neox(c: Keys) -> ModelConfig:
     size, bias = fam.even_heads(c, "hidden_size", "num_attention_heads"), c.flag("attention_bias", True)
+    c.alias(rope_theta="rotary_emb_base", partial_rotary_factor="rotary_pct")
     turn = fam.rope(c, size, theta=c.number("rotary_emb_base", 1e4), fraction=c.number("rotary_pct", 0.25))
     return fam.gpt_config(
         c,

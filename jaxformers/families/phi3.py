@@ -8,7 +8,8 @@ from jaxformers.models.config import ModelConfig, MoE
 
 def read_phi3(c: Keys) -> ModelConfig:
     first = {"su": "longrope", "yarn": "longrope"}  # as the first files named it
-    turn = fam.rope(c, fam.head_dim(c), original=c.integer("original_max_position_embeddings", 4096), renamed=first)
+    original = c.integer("original_max_position_embeddings", 4096)
+    turn = fam.rope(c, fam.head_dim(c), fraction=1.0, original=original, renamed=first)
     layers = fam.uniform_layers(c, window=c.integer("sliding_window", None), rope=turn)
     kv_heads = c.integer("num_key_value_heads", c.integer("num_attention_heads"))
     c.expect(attention_bias=False)

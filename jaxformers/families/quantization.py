@@ -19,7 +19,7 @@ def block_size(values: Mapping[str, Any]) -> tuple[int, int] | None:
     method, blocks, form = (settings.get(key) for key in ("quant_method", "weight_block_size", "fmt"))
     sizes = blocks if isinstance(blocks, list | tuple) else ()
     in_blocks = len(sizes) == 2 and all(type(size) is int and size > 0 for size in sizes)
-    if method != "fp8" or not in_blocks or form not in (None, "e4m3"):
+    if method != "fp8" or not in_blocks or form not in (None, "e4m3", "float8_e4m3fn"):
         detail = "" if method != "fp8" else f" with weight_block_size {blocks!r} and fmt {form!r}"
         raise ValueError(
             f"{values.get('model_type')} config: weights quantized by {method!r}{detail} (quantization_config) cannot "

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from jaxformers.families import common as fam
 from jaxformers.families.keys import Keys
-from jaxformers.families.qwen import qwen_layers, qwen_window
+from jaxformers.families.qwen import qwen_window
 from jaxformers.models.config import LayerKind, ModelConfig, MoE
 
 
@@ -25,8 +25,13 @@ def read_qwen2_moe(c: Keys) -> ModelConfig:
         shared_d_ff=c.integer("shared_expert_intermediate_size"),
         shared_gate=True,
     )
-    bias = c.flag("qkv_bias", True)
-    return fam.llama_config(c, layers=_sparse(c, qwen_layers(c, fam.head_dim(c))), moe=moe, qkv_bias=bias)
+    bias, window, first = c.flag("qkv_bias", True), qwen_window(c), c.integer("max_window_layers", 28, minimum=0)
+
+    def default(i: int) -> str:
+        return "sliding_attention" if window and i % 2 == 0 and i < first else "full_attention"
+
+    kinds = fam.typed_layers(c, default, window, fam.rope(c, fam.head_dim(c)))
+    return fam.llama_config(c, layers=_sparse(c, kinds), moe=moe, qkv_bias=bias)
 
 
 def qwen2_moe_names(_cfg: ModelConfig) -> fam.Names:

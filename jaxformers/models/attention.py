@@ -32,6 +32,7 @@ class Scores:
     window: int | None = None
     softcap: float | None = None
     alibi: float = 0.0  # multiplies slopes of linear biases by distance (arXiv:2108.12409)
+    alibi_rounded: bool = False  # biases are bfloat16 products of a slope and a key's position
 
 
 def alibi_slopes(num_heads: int) -> np.ndarray:
@@ -40,6 +41,20 @@ def alibi_slopes(num_heads: int) -> np.ndarray:
     slopes = [2.0 ** (-8 * (i + 1) / power) for i in range(power)]
     slopes += [2.0 ** (-4 * (2 * i + 1) / power) for i in range(num_heads - power)]
     return np.asarray(slopes, np.float32)
+
+
+def linear_biases(slopes: jax.Array | np.ndarray, visible: Visibility, scores: Scores) -> jax.Array:
+    """What linear position biases add to softmax logits: float32 [B or 1, K, G, T, S], for slopes float32 [K, G, 1, 1]
+    that have been multiplied by `scores.alibi`."""
+    if not scores.alibi_rounded:
+        return -slopes * visible.distance()[:, None, None].astype(jnp.float32)
+    places, queries = (p.astype(jnp.float32) for p in (visible.k_positions, visible.q_positions))
+    keys = _to_bfloat16(_to_bfloat16(slopes / scores.alibi) * _to_bfloat16(places)[:, None, None, None])
+    return scores.alibi * keys - slopes * queries[:, None, None, :, None]  # the latter keeps logits small, no more
+
+
+def _to_bfloat16(x: jax.Array | np.ndarray) -> jax.Array:
+    return jax.lax.reduce_precision(jnp.asarray(x), exponent_bits=8, mantissa_bits=7)
 
 
 def dot_product(
@@ -91,7 +106,7 @@ def _unnormalized(
     logits = softcap(logits * scores.scale, scores.softcap)
     if scores.alibi:
         slopes = scores.alibi * alibi_slopes(kv_heads * groups).reshape(kv_heads, groups, 1, 1)
-        logits -= slopes * visible.distance()[:, None, None].astype(jnp.float32)
+        logits += linear_biases(slopes, visible, scores)
     logits = jnp.where(visible.mask(scores.window)[:, None, None], logits, MASKED)
     top = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
     if sinks is not None:
@@ -124,7 +139,7 @@ def gqa(
         cache = write(cache, ctx.positions, k=k, v=v)
         k, v, visible = ctx.read(cache["k"]), ctx.read(cache["v"]), ctx.visible_in_cache(cache["k"])
     scale = cfg.head_dim**-0.5 if cfg.attn_scale is None else cfg.attn_scale
-    scores = Scores(scale, kind.window, cfg.attn_softcap, cfg.alibi_scale if cfg.alibi else 0.0)
+    scores = Scores(scale, kind.window, cfg.attn_softcap, cfg.alibi_scale if cfg.alibi else 0.0, cfg.alibi_rounded)
     y = ctx.attend(q, k, v, visible, scores, sinks=p.get("sinks"))
     return linear(ctx.save(y, "mixed"), p["o"], p.get("o_b"), n_in=2), cache
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxformers.models.attention import MASKED, Scores, alibi_slopes
+from jaxformers.models.attention import MASKED, Scores, alibi_slopes, linear_biases
 from jaxformers.models.layers import softcap
 from jaxformers.models.masks import Visibility
 
@@ -243,7 +243,7 @@ def softmax_logits(products: jax.Array, visible: Visibility, scores: Scores, slo
     logits = softcap(products * scores.scale, scores.softcap)
     if slopes is None:
         return logits
-    return logits - slopes[..., None] * visible.distance()[:, None, None].astype(jnp.float32)
+    return logits + linear_biases(slopes[..., None], visible, scores)
 
 
 def _queries_of(places: Visibility) -> tuple[jax.Array, jax.Array | None]:

@@ -189,6 +189,7 @@ class ModelConfig:
     position_offset: int = 0
     alibi: bool = False
     alibi_scale: float = 1.0  # multiplies the slopes
+    alibi_rounded: bool = False  # biases are bfloat16 products of a slope and a key's position
     embed_norm: bool = False
     # scalars
     embed_scale: float = 1.0

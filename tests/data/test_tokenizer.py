@@ -122,6 +122,25 @@ def test_settings_beside_a_tokenizer_mean_what_they_mean_in_transformers(tmp_pat
     _same_as_transformers(directory, load_tokenizer(directory))
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"additional_special_tokens": ["Hello", {"__type": "AddedToken", "content": "wide"}]},
+        {"extra_special_tokens": {"image_token": "world"}, "additional_special_tokens": ["wide", "Hello"]},
+        {"extra_special_tokens": ["wide"], "mask_token": "world"},
+    ],
+)
+def test_special_tokens_that_only_the_settings_list_are_added_as_in_transformers(tmp_path, settings):
+    byte_tokenizer().save(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    text, theirs, ours = "Hello world, wide", AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
+    ids = theirs(text).input_ids
+    assert ours.encode(text) == ids
+    assert len(ids) < len(byte_tokenizer().encode(text)) - 3
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+
+
 def test_padding_and_truncation_kept_in_a_file_do_not_touch_training_text(tmp_path):
     made = _sentencepiece_like()
     made.enable_truncation(4)
@@ -231,6 +250,10 @@ def _bad_added_tokens(path):
     return _directory(path, _word_level(), tokenizer_config={"added_tokens_decoder": {"7": "<x>"}})
 
 
+def _bad_special_tokens(path):
+    return _directory(path, _word_level(), tokenizer_config={"additional_special_tokens": 5})
+
+
 def _settings_of_another_shape(path):
     return _directory(path, _word_level(), tokenizer_config=["eos"])
 
@@ -246,7 +269,8 @@ def _settings_of_another_shape(path):
         (_not_utf8, "tokenizer.json is damaged or not a tokenizer"),
         (_other_json, "tokenizer.json is damaged or not a tokenizer"),
         (_bad_settings, "tokenizer_config.json is not JSON"),
-        (_bad_added_tokens, "tokenizer_config.json has a damaged added_tokens_decoder"),
+        (_bad_added_tokens, "tokenizer_config.json has damaged added tokens"),
+        (_bad_special_tokens, "tokenizer_config.json has damaged added tokens"),
         (_settings_of_another_shape, "tokenizer_config.json must hold a JSON object, not list"),
     ],
 )

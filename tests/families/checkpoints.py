@@ -225,6 +225,9 @@ ROWS = {
         {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 5, "tie_word_embeddings": True},
     ),
     "hunyuan_v1_dense": Row("hunyuan_v1_dense", {"head_dim": 16, "attention_bias": True}),
+    "hunyuan_v1_dense-alpha": Row(
+        "hunyuan_v1_dense", {"head_dim": 16, "rope_parameters": {"rope_type": "dynamic", "alpha": 50.0, "factor": 1.0}}
+    ),
     "hunyuan_v1_moe": Row("hunyuan_v1_moe", {"head_dim": 16, "num_experts": 5, "moe_topk": 2}),
     "exaone4": Row("exaone4", {"sliding_window": 5}),
     "exaone4-full": Row(
@@ -233,6 +236,12 @@ ROWS = {
     "qwen2_moe": Row(
         "qwen2_moe",
         MOE | {"num_experts": 5, "shared_expert_intermediate_size": 20, "num_hidden_layers": 3, "mlp_only_layers": [0]},
+    ),
+    "qwen2_moe-windows": Row(
+        "qwen2_moe",
+        MOE
+        | {"num_experts": 4, "shared_expert_intermediate_size": 20, "num_hidden_layers": 4}
+        | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 3},
     ),
     "gemma": Row("gemma", {"head_dim": 16, "tie_word_embeddings": True}),
     "phi": Row("phi"),
@@ -340,8 +349,8 @@ ROWS = {
     "falcon-alibi": Row(
         "falcon",
         {
-            "hidden_size": 32,
-            "num_attention_heads": 4,
+            "hidden_size": 64,
+            "num_attention_heads": 16,
             "num_hidden_layers": 2,
             "alibi": True,
             "multi_query": False,

@@ -1,7 +1,9 @@
 """A `config.json` means what `transformers` takes it to mean, or is refused with one line that names the key."""
 
+import inspect
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from families.published import (
 )
 
 from jaxformers.families import FAMILIES, read_config
+from jaxformers.families.keys import unused
 from jaxformers.models.config import (
     DynamicScaling,
     LinearScaling,
@@ -104,6 +107,75 @@ def test_blocks_of_float8_change_no_architecture_and_are_not_written_back():
     cfg = read_config(DEEPSEEK_V3 | {"quantization_config": DEEPSEEK_V3_QUANTIZATION})
     assert cfg == read_config(DEEPSEEK_V3)
     assert cfg.source == DEEPSEEK_V3
+
+
+def test_the_other_name_of_float8_is_known():
+    named = DEEPSEEK_V3_QUANTIZATION | {"fmt": "float8_e4m3fn"}
+    assert read_config(DEEPSEEK_V3 | {"quantization_config": named}) == read_config(DEEPSEEK_V3)
+
+
+# -- keys of published files that say nothing, and keys by other names
+
+
+def of_type(model_type):
+    """The settings of a test model of this type, as its file holds them."""
+    row = ROWS[model_type]
+    return json.loads(transformers.AutoConfig.for_model(row.model_type, **row.base | row.settings).to_json_string())
+
+
+@pytest.mark.parametrize("model_type", sorted(unused().keys() - {"*"}))
+def test_what_published_files_say_in_vain_is_read_nowhere_in_the_reference_and_changes_nothing(model_type):
+    config, values = transformers.AutoConfig.for_model(model_type), of_type(model_type)
+    reference = inspect.getsource(inspect.getmodule(transformers.AutoModelForCausalLM._model_mapping[type(config)]))
+    for key in unused()[model_type]:
+        assert not re.search(rf"config\.{key}\b|[\"']{key}[\"']", reference), key
+        assert key not in config.attribute_map
+        assert read_config(values | {key: "whatever"}) == read_config(values), key
+
+
+def test_what_files_of_any_type_say_in_vain_changes_nothing():
+    for key in unused()["*"]:
+        assert read_config(LLAMA_3_2_1B | {key: {"any": 1}}) == read_config(LLAMA_3_2_1B)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "gpt_bigcode", "gptj", "bloom", "mpt"])
+def test_keys_are_known_by_the_names_that_the_reference_maps_to_them(model_type):
+    aliases = transformers.AutoConfig.for_model(model_type).attribute_map
+    values = of_type(model_type)
+    renamed = dict(values)
+    for other, key in aliases.items():
+        renamed[other] = renamed.pop(key)
+    assert aliases
+    assert read_config(renamed) == read_config(values) == read_config(values | renamed)
+    assert "num_attention_heads is 3; it must be what" in refusal(values | {"num_attention_heads": 3})
+
+
+def test_files_without_a_key_that_their_type_has_a_default_for():
+    falcon = without(of_type("falcon"), "max_position_embeddings")
+    assert read_config(falcon).context_length == 2048
+    exaone = of_type("exaone4")
+    assert read_config(exaone | {"sliding_window_pattern": "LLLG"}) == read_config(exaone)
+    assert "sliding_window_pattern" in refusal(without(exaone, "layer_types") | {"sliding_window_pattern": "LLLG"})
+
+
+FLAT = {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}
+BARE = {name: {"rope_type": "default"} for name in ("full_attention", "sliding_attention")}
+
+
+@pytest.mark.parametrize(
+    "model_type, values, line",
+    [
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; it must be 1 in this type"),
+        ("qwen3", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; it must be 1 in this type"),
+        ("gpt_neox", {"rotary_emb_base": 1e4, "rope_theta": 500.0}, "rope_theta is 500.0; it must be what"),
+        ("gpt_neox", {"rotary_pct": 0.25, "partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; it must be"),
+        ("gemma3_text", {"rope_parameters": FLAT}, "it must be settings for each of layer_types"),
+        ("olmo3", {"rope_parameters": FLAT}, "it must be settings for each of layer_types"),
+        ("gemma3_text", {"rope_parameters": BARE, "rope_theta": 500.0}, "rope_theta is 500.0; it must be in rope_par"),
+    ],
+)
+def test_rotations_spelled_in_two_ways_of_which_the_reference_hears_one_are_refused(model_type, values, line):
+    assert line in refusal(without(of_type(model_type), "rope_parameters") | values)
 
 
 def test_layers_of_published_checkpoints():

@@ -155,6 +155,7 @@ def test_meshes_on_which_devices_would_repeat_each_other_are_refused(sizes, line
 def test_replicas_answer_side_by_side_what_one_engine_answers():
     replicas = Replicas.of(loaded("llama", dp=2), CONFIG)
     replicas.warm_up()
+    assert (tuple(replicas.adapters), replicas.vocab_size) == ((), replicas.engines[0].vocab_size)
     wanted = [*requests(), *requests()]
     places = [replicas.submit(request) for request in wanted]
     assert sorted(place % 2 for place in places) == [0] * 5 + [1] * 5
@@ -168,6 +169,11 @@ def test_replicas_answer_side_by_side_what_one_engine_answers():
     assert found[gone].finish == "cancelled"
     stats = replicas.stats()
     assert (stats.finished, stats.cancelled, stats.compilations_after_ready) == (10, 1, 0)
+
+
+def test_a_draft_on_other_devices_than_the_model_is_refused():
+    with pytest.raises(ValueError, match=r"the draft model is on 1 device\(s\), and the model on 2; both must be"):
+        Engine(loaded("llama", tp=2), dataclasses.replace(CONFIG, speculate="draft"), draft=loaded("llama", tp=1))
 
 
 class Full:

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+from transformers.models.falcon.modeling_falcon import build_alibi_tensor as falcon_alibi
 
-from jaxformers.models.attention import Scores, alibi_slopes, dot_product, single_query
+from jaxformers.models.attention import Scores, alibi_slopes, dot_product, linear_biases, single_query
 from jaxformers.models.masks import Visibility
 
 B, T, S, H, K, N, M = 2, 5, 7, 6, 3, 4, 3
@@ -61,6 +62,16 @@ def test_alibi_slopes_are_the_references(heads):
 
 def test_alibi_slopes_of_eight_heads_are_the_papers():
     np.testing.assert_allclose(alibi_slopes(8), [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128, 1 / 256])
+
+
+def test_rounded_biases_are_falcons():
+    heads, length = 20, 600
+    reference = falcon_alibi(torch.ones(1, length, dtype=torch.long), heads, torch.float32).numpy()
+    places = np.arange(length, dtype=np.int32)[None]
+    visible, scores = Visibility(places, places), Scores(1.0, alibi=0.3, alibi_rounded=True)
+    found = linear_biases(0.3 * alibi_slopes(heads)[:, None, None, None], visible, scores)
+    relative = np.asarray(found)[0, :, 0] - np.asarray(found)[0, :, 0, :, :1]  # to the first key, whose bias is 0
+    np.testing.assert_allclose(relative, 0.3 * np.broadcast_to(reference, relative.shape), atol=1e-4)
 
 
 # -- softmax attention
